@@ -1,0 +1,69 @@
+"""What can go wrong for a user, and the exit code that says so.
+
+UserError       a message for a person: what is wrong, where, what to do; never a traceback
+└ several       `UserError.several` joins the errors of one file into one report
+ExitCode        published; scripts rely on it
+"""
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    DONE = 0
+    RECIPE = 2
+    """The recipe or the command line is wrong."""
+    LOCKED = 3
+    """Another run holds the output folder, or it holds a finished or unfinished run."""
+    NON_FINITE = 4
+    """The loss or a gradient was not a finite number; the weights are those of the step before."""
+    NO_CHECKPOINT = 5
+    """No usable checkpoint is left to go on from."""
+    DISK = 6
+    """Something could not be written or read."""
+    DATA = 7
+    """A data file is missing or a row in it is wrong."""
+    LEARNED_NOTHING = 8
+    """The run could not have learned anything."""
+    VERIFICATION = 9
+    """What was written does not compute what it should."""
+    OUT_OF_MEMORY = 10
+    """Not even one example fits in memory."""
+    MODEL = 11
+    """The model is missing, of the wrong kind, or does not fit the adapter."""
+    INTERRUPTED = 75
+    """Stopped by a signal; the same command with --resume goes on."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend.
+
+    Args:
+        what: what is wrong, in one sentence without a full stop.
+        where: file:line, key or layer that it is about.
+        fix: what to do about it.
+        code: the process's exit code.
+    """
+
+    def __init__(
+        self, what: str, *, where: str = "", fix: str = "", code: ExitCode = ExitCode.RECIPE
+    ) -> None:
+        """Keep the parts, so that a test or another front end can ask for them."""
+        super().__init__(what)
+        self.what, self.where, self.fix, self.code = what, where, fix, code
+
+    def __str__(self) -> str:
+        """`where: what (fix)`, the form every message has."""
+        head = f"{self.where}: " if self.where else ""
+        tail = f"\n  → {self.fix}" if self.fix else ""
+        return f"{head}{self.what}{tail}"
+
+    @classmethod
+    def several(cls, errors: Iterable["UserError"]) -> "UserError":
+        """One error that reports all of `errors`, with the code of the first."""
+        found = list(errors)
+        if len(found) == 1:
+            return found[0]
+        return cls("\n".join(str(error) for error in found), code=found[0].code)

@@ -1,0 +1,78 @@
+"""The registry of parts: the folder `methods/<axis>/` is the list, the file name is the name in the recipe.
+
+Nothing is imported to list, name or describe parts; `load` imports the one that is used.
+"""
+
+import ast
+import difflib
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lora_cli.errors import UserError
+
+METHODS = Path(__file__).parent / "methods"
+
+AXES = {
+    "base": "how W0 is stored",
+    "delta": "what ΔW is",
+    "combine": "how W0 and ΔW make W",
+    "init": "the first ΔW",
+    "scale": "the factor s(alpha, r) in front of ΔW",
+    "trainable": "which tensors of ΔW train",
+    "dropout": "what is dropped from ΔW's input while training",
+    "optimizer": "how gradients become steps",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that a recipe or a preset names, and the settings written under its name."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@cache
+def names(axis: str) -> tuple[str, ...]:
+    """The parts of an axis, in alphabetical order."""
+    return tuple(sorted(path.stem for path in (METHODS / axis).glob("*.py") if path.stem != "__init__"))
+
+
+def nearest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """The known words that look most like `word`; empty when none is close."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to tell someone who wrote `word`: the nearest known word, or all of them."""
+    known = list(known)
+    close = nearest(word, known)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def load(axis: str, name: str) -> ModuleType:
+    """Import the file of a part.
+
+    Raises:
+        UserError: there is no such part.
+    """
+    if name not in names(axis):
+        raise UserError(
+            f"unknown {axis} '{name}'", where=f"adapter.{axis}", fix=did_you_mean(name, names(axis))
+        )
+    return importlib.import_module(f"lora_cli.methods.{axis}.{name}")
+
+
+def docstring(axis: str, name: str) -> str:
+    """The documentation of a part, read from its file without importing it."""
+    return ast.get_docstring(ast.parse((METHODS / axis / f"{name}.py").read_text(encoding="utf-8"))) or ""
+
+
+def summary(axis: str, name: str) -> str:
+    """The first line of a part's documentation."""
+    return docstring(axis, name).partition("\n")[0]
