@@ -1,0 +1,1 @@
+"""The core: W0 + ΔW. Imports torch, nothing of transformers."""

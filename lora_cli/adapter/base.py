@@ -1,0 +1,36 @@
+"""Base: W0, the frozen weight of somebody else's module, and the only place that knows how it is stored."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Base(ABC):
+    """A view of a frozen module as W0, always [out, in] whatever the layout underneath.
+
+    The files of `methods/base/` are its subclasses, one a kind of module.
+    """
+
+    module: Any
+    """The module itself; each view knows its type."""
+    in_features: int
+    out_features: int
+    reads_ids = False
+    """Whether x is token ids, so that W0·x is a lookup, not a product."""
+    project: Callable[[Tensor, Tensor], Tensor]
+    """`project(x, A)`: A [r, in] applied to x the way W0 is applied; returns [..., r]."""
+
+    @property
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """The module's bias [out], if it has one."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """W0 in float32, [out, in]."""
+
+    @abstractmethod
+    def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A new plain module of the same kind that holds `weight` [out, in] and `bias`, in their dtype."""

@@ -1,0 +1,246 @@
+"""AdapterRecipe + the model's modules -> Plan: which layers are adapted, and how. Pure data; works on the meta device.
+
+Every pattern has to match something: a name that is silently ignored is a run that trains less than was asked.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+
+from lora_cli import parts, presets
+from lora_cli.adapter import rules
+from lora_cli.adapter.base import Base
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.presets import Method
+from lora_cli.recipe.schema import AdapterRecipe
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The two ends of a language model, by module name."""
+
+    embeddings: str
+    head: str
+    tied: bool
+    """Whether both are one tensor."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One adapted layer."""
+
+    name: str
+    base: str
+    in_features: int
+    out_features: int
+    r: int
+    alpha: float
+    scale: float
+    num_trainable: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `inject` does to a model."""
+
+    method: Method
+    layers: tuple[LayerSpec, ...]
+    lora_bias: bool = False
+    also: tuple[str, ...] = ()
+    """Names of parameters that are trained in full."""
+    new_rows: tuple[int, ...] = ()
+    """Token ids whose rows of the embedding (and of the head) are trained."""
+    ends: Ends = Ends("", "", False)
+
+
+def view_of(module: nn.Module) -> tuple[str, Base] | None:
+    """The kind of base that a module is, and the view of it; None when no file of the axis knows it."""
+    fitting = [(name, part) for name, part in _base_parts() if isinstance(module, part.wraps)]
+    if not fitting:
+        return None
+    name, part = max(fitting, key=lambda found: len(found[1].wraps.__mro__))
+    return name, part.View(module)
+
+
+def make(
+    adapter: AdapterRecipe, model: nn.Module, ends: Ends, new_rows: Iterable[int] = (), untied: bool = False
+) -> Plan:
+    """Match the patterns of `adapter` against the modules of `model`.
+
+    Args:
+        adapter: the section of the recipe.
+        model: the plain model; only types and shapes are looked at.
+        ends: its embeddings and its output head.
+        new_rows: ids of added tokens.
+        untied: whether tied ends may be adapted because they will be (or have been) given separate weights.
+
+    Raises:
+        UserError: a pattern matches nothing, parts do not go together, or one end of a tie is adapted.
+    """
+    method = presets.resolve(adapter)
+    rules.check(method, rules.facts_of(method))
+    adaptable = _adaptable(model)
+    names = _targets(adapter, adaptable, ends)
+    also = _also(adapter.train_also, model, ends)
+    _check_ends(names, also, tuple(new_rows), ends, untied)
+    _check_patterns(adapter, names)
+    layers = tuple(_layer(name, *adaptable[name], adapter, method) for name in names)
+    return Plan(method, layers, adapter.lora_bias, also, tuple(new_rows), ends)
+
+
+def _base_parts() -> list[tuple[str, ModuleType]]:
+    return [(name, parts.load("base", name)) for name in parts.names("base")]
+
+
+def _adaptable(model: nn.Module) -> dict[str, tuple[str, Base]]:
+    found = {name: view_of(module) for name, module in model.named_modules() if name}
+    return {name: view for name, view in found.items() if view is not None}
+
+
+def _targets(adapter: AdapterRecipe, adaptable: dict[str, tuple[str, Base]], ends: Ends) -> list[str]:
+    wanted = adapter.target_modules
+    if wanted == "all-linear":
+        names = [n for n, (_, base) in adaptable.items() if not base.reads_ids and n != ends.head]
+        _require(names, "all-linear", adaptable, "adapter.target_modules")
+    elif isinstance(wanted, str):
+        pattern = _regex(wanted, "adapter.target_modules")
+        names = [name for name in adaptable if pattern.fullmatch(name)]
+        _require(names, wanted, adaptable, "adapter.target_modules")
+    else:
+        names = _matching(wanted, adaptable, "adapter.target_modules")
+    excluded = set(_matching(adapter.exclude_modules, names, "adapter.exclude_modules"))
+    names = _in_layers(adapter.layers, [name for name in names if name not in excluded])
+    if not names:
+        raise UserError("no module is left to adapt", where="adapter", code=ExitCode.LEARNED_NOTHING)
+    return names
+
+
+def _ends_with(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _matching(wanted: Iterable[str], names: Iterable[str], where: str) -> list[str]:
+    """The names that some entry of `wanted` is the end of; every entry has to match."""
+    names = list(names)
+    for word in wanted:
+        _require([name for name in names if _ends_with(name, word)], word, names, where)
+    return [name for name in names if any(_ends_with(name, word) for word in wanted)]
+
+
+def _require(matched: list[str], word: str, names: Iterable[str], where: str) -> None:
+    if matched:
+        return
+    endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    close = parts.nearest(word.rpartition(".")[2], endings, count=3) or list(endings)
+    fix = f"modules of this model end in: {', '.join(close[:12])}"
+    raise UserError(f"'{word}' matches no module", where=where, fix=fix, code=ExitCode.LEARNED_NOTHING)
+
+
+def _regex(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"'{pattern}' is not a regular expression: {error}", where=where) from error
+
+
+def _block(name: str) -> int | None:
+    """The number of the block that a module is in: the first number in its name."""
+    numbers = [int(piece) for piece in name.split(".") if piece.isdigit()]
+    return numbers[0] if numbers else None
+
+
+def _in_layers(layers: tuple[int, ...] | None, names: list[str]) -> list[str]:
+    if layers is None:
+        return names
+    blocks = [number for number in map(_block, names) if number is not None]
+    count = max(blocks, default=-1) + 1
+    wrong = [number for number in layers if not -count <= number < count]
+    if wrong:
+        fix = f"the model has blocks 0 to {count - 1}"
+        raise UserError(
+            f"no block {wrong[0]}", where="adapter.layers", fix=fix, code=ExitCode.LEARNED_NOTHING
+        )
+    chosen = {number % count for number in layers}
+    return [name for name in names if _block(name) in chosen]
+
+
+def _first_match(patterns: dict[str, int] | dict[str, float], name: str) -> int | float | None:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return None
+
+
+def _check_patterns(adapter: AdapterRecipe, names: list[str]) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter, key):
+            _regex(pattern, f"adapter.{key}")
+            matched = [name for name in names if re.match(rf"(.*\.)?({pattern})$", name)]
+            _require(matched, pattern, names, f"adapter.{key}")
+
+
+def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Method) -> LayerSpec:
+    r = int(_first_match(adapter.rank_pattern, name) or adapter.r)
+    alpha = float(_first_match(adapter.alpha_pattern, name) or adapter.alpha)
+    if adapter.lora_bias and base.bias is None:
+        fix = "leave it out: without a bias in the layer it could never be merged"
+        raise UserError(f"{name} has no bias", where="adapter.lora_bias", fix=fix)
+    shapes = parts.load("delta", method.delta.name).shapes(base.in_features, base.out_features, r)
+    trains = parts.load("trainable", method.trainable.name).trains
+    count = sum(_product(shape) for tensor, shape in shapes.items() if trains(tensor))
+    count += base.out_features if adapter.lora_bias else 0
+    scale = parts.load("scale", method.scale.name).scale(alpha, r, **method.scale.settings)
+    return LayerSpec(name, kind, base.in_features, base.out_features, r, alpha, scale, count)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _also(wanted: tuple[str, ...], model: nn.Module, ends: Ends) -> tuple[str, ...]:
+    """Names of the parameters that `train_also` stands for."""
+    chosen: dict[str, None] = {}
+    for word in wanted:
+        names = _also_one(word, model, ends)
+        if not names:
+            modules = [name for name, _ in model.named_modules() if name]
+            _require([], word, ["norms", "embeddings", "head", "biases", *modules], "adapter.train_also")
+        chosen.update(dict.fromkeys(names))
+    return tuple(chosen)
+
+
+def _also_one(word: str, model: nn.Module, ends: Ends) -> list[str]:
+    if word == "biases":
+        return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if word == "norms":
+        modules = [name for name, module in model.named_modules() if "Norm" in type(module).__name__]
+    else:
+        word = {"embeddings": ends.embeddings, "head": ends.head}.get(word, word)
+        modules = [name for name, _ in model.named_modules() if name and _ends_with(name, word)]
+    return [f"{name}.{key}" for name in modules for key, _ in model.get_submodule(name).named_parameters()]
+
+
+def _check_ends(
+    names: list[str], also: tuple[str, ...], new_rows: tuple[int, ...], ends: Ends, untied: bool
+) -> None:
+    at_ends = {ends.embeddings, ends.head}
+    doubled = [name for name in names if f"{name}.weight" in also]
+    if doubled:
+        raise UserError(f"{doubled[0]} is both adapted and trained in full", where="adapter.train_also")
+    if new_rows and (at_ends & set(names) or {f"{end}.weight" for end in at_ends} & set(also)):
+        fix = "leave them out of target_modules and train_also"
+        what = "with model.add_tokens the embeddings and the head train their new rows only"
+        raise UserError(what, where="adapter", fix=fix)
+    touched = {name for name in at_ends if name in names or f"{name}.weight" in also}
+    if ends.tied and not untied and len(touched & at_ends) == 1:
+        raise UserError(
+            f"{next(iter(touched))} shares its weight with the other end of the model",
+            where="adapter",
+            fix="set model.untie: true to give the head a weight of its own",
+        )

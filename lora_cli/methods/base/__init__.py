@@ -1,0 +1,1 @@
+"""How W0 is stored. A file exports `wraps`, the type of module it is for, and `View`, a `Base`."""

@@ -1,0 +1,37 @@
+"""conv1d: the Conv1D of GPT-2 in transformers, a linear layer stored as [in, out]."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapter.base import Base
+
+wraps = Conv1D
+
+
+class View(Base):
+    """W0 of a Conv1D: its weight transposed."""
+
+    project = staticmethod(F.linear)
+
+    def __init__(self, module: Conv1D) -> None:
+        """Look at `module`; nothing is copied."""
+        self.module = module
+        self.in_features, self.out_features = module.weight.shape
+
+    @property
+    def bias(self) -> Tensor | None:
+        """A Conv1D always has one."""
+        return self.module.bias
+
+    def weight(self) -> Tensor:
+        """Transposed to [out, in]."""
+        return self.module.weight.detach().float().t()
+
+    def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A new Conv1D."""
+        conv = Conv1D(self.out_features, self.in_features)
+        conv.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+        assert bias is not None, "a Conv1D always has a bias"
+        conv.bias = nn.Parameter(bias, requires_grad=False)
+        return conv

@@ -1,0 +1,36 @@
+"""linear: torch.nn.Linear, stored as [out, in]."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_cli.adapter.base import Base
+
+wraps = nn.Linear
+
+
+class View(Base):
+    """W0 of an nn.Linear."""
+
+    project = staticmethod(F.linear)
+
+    def __init__(self, module: nn.Linear) -> None:
+        """Look at `module`; nothing is copied."""
+        self.module = module
+        self.in_features, self.out_features = module.in_features, module.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's own."""
+        return self.module.bias
+
+    def weight(self) -> Tensor:
+        """Stored as it is used."""
+        return self.module.weight.detach().float()
+
+    def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A new nn.Linear."""
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear

@@ -1,0 +1,17 @@
+"""gaussian: A ~ N(0, 1/r²), B = 0, as the text of the LoRA paper. arXiv:2106.09685
+
+The spread follows the common implementation, 1/r.
+"""
+
+import torch
+from torch import nn
+
+from lora_cli.adapter.delta import LowRank
+
+
+def init(delta: LowRank, generator: torch.Generator) -> None:
+    """Fill A, zero B. For an embedding the other way round, as in `kaiming`."""
+    r = delta.A.shape[0]
+    drawn, zero = (delta.B, delta.A) if delta.reads_ids else (delta.A, delta.B)
+    nn.init.normal_(drawn, std=1 / r, generator=generator)
+    nn.init.zeros_(zero)

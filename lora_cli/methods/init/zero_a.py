@@ -1,0 +1,18 @@
+"""zero_a: A = 0, B ~ U(-1/√r, 1/√r), called Init[B]. arXiv:2406.08447
+
+The model starts as the base, and the first step moves A instead of B. The paper finds the default (B = 0) better,
+because it stands larger learning rates.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from lora_cli.adapter.delta import LowRank
+
+
+def init(delta: LowRank, generator: torch.Generator) -> None:
+    """Zero A, fill B."""
+    nn.init.zeros_(delta.A)
+    nn.init.kaiming_uniform_(delta.B, a=math.sqrt(5), generator=generator)

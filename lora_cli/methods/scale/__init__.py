@@ -1,0 +1,1 @@
+"""The factor in front of ΔW. A file exports `scale(alpha, r)`."""

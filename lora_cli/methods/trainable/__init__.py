@@ -1,0 +1,1 @@
+"""Which tensors of ΔW train. A file exports `trains(name)`."""

@@ -1,0 +1,188 @@
+"""Recipe.model -> the model and its tokenizer. Everything about transformers' models that others need to know."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging
+
+from lora_cli.adapter.plan import Ends
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.recipe.schema import ModelRecipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A plain model, ready to be adapted."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    ends: Ends
+    new_rows: tuple[int, ...]
+    """Ids of the tokens that the recipe added."""
+
+    @property
+    def pad_id(self) -> int:
+        """What fills up padded rows; never learned from, so any id will do."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        return 0
+
+
+def load(recipe: ModelRecipe, device: torch.device | None = None) -> LanguageModel:
+    """Load weights and tokenizer, add tokens, untie the ends; on `device` (default: the CPU).
+
+    Raises:
+        UserError: the model is missing, is not a decoder-only language model, or its files are incomplete.
+    """
+    device = device or torch.device("cpu")
+    tokenizer = load_tokenizer(recipe)
+    model = _weights(recipe, stored_dtype(recipe, device)).to(device)  # pyright: ignore[reportArgumentType]
+    return with_tokens(model, tokenizer, recipe)
+
+
+def skeleton(recipe: ModelRecipe) -> PreTrainedModel:
+    """The model without its weights, on the meta device: all that a plan needs."""
+    config = _config(recipe)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def with_tokens(model: PreTrainedModel, tokenizer: Any, recipe: ModelRecipe) -> LanguageModel:
+    """Untie the ends and add tokens, as the recipe says."""
+    if recipe.untie:
+        _untie(model)
+    new_rows = _grow(model, tokenizer, recipe.add_tokens)
+    return LanguageModel(model, tokenizer, ends_of(model), new_rows)
+
+
+def load_tokenizer(recipe: ModelRecipe) -> Any:
+    """The model's tokenizer; its own code only, never remote code."""
+    _config(recipe)
+    try:
+        return AutoTokenizer.from_pretrained(recipe.name, revision=recipe.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _missing(recipe, f"no usable tokenizer: {_first_line(error)}") from error
+
+
+def end_modules(model: PreTrainedModel) -> tuple[Any, Any]:
+    """The embeddings and the output head."""
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def ends_of(model: PreTrainedModel) -> Ends:
+    """Names of the embeddings and the output head."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embeddings, head = end_modules(model)
+    tied = embeddings.weight is head.weight
+    return Ends(names[id(embeddings)], names[id(head)], tied)
+
+
+def stored_dtype(recipe: ModelRecipe, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on GPUs that have it, else float32."""
+    if recipe.dtype != "auto":
+        return DTYPES[recipe.dtype]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model has positions for, when it says so."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def quiet() -> None:
+    """Leave the terminal to this tool: transformers' own bars and warnings off."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _config(recipe: ModelRecipe) -> Any:
+    """Read the configuration and refuse what is not a decoder-only language model, by name and with the reason."""
+    quiet()
+    try:
+        config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _missing(recipe, _first_line(error)) from error
+    reason = _not_a_language_model(config)
+    if reason:
+        raise UserError(f"{recipe.name} is {reason}", where="model.name", fix=SCOPE, code=ExitCode.MODEL)
+    return config
+
+
+SCOPE = "lora adapts decoder-only language models of transformers, such as Llama, Qwen, Gemma, Mistral, GPT-2"
+
+
+def _not_a_language_model(config: Any) -> str | None:
+    kind = f"a '{config.model_type}' model"
+    if config.is_encoder_decoder:
+        return f"{kind}, an encoder-decoder"
+    if any(getattr(config, key, None) is not None for key in ("vision_config", "audio_config")):
+        return f"{kind}, which reads more than text"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"{kind}, which does not predict the next token"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        return f"{kind}, an encoder"
+    return None
+
+
+def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
+    attention = {} if recipe.attention == "auto" else {"attn_implementation": recipe.attention}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            recipe.name,
+            revision=recipe.revision,
+            dtype=dtype,
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
+            output_loading_info=True,
+            **attention,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _missing(recipe, _first_line(error)) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])[0]
+        raise _missing(recipe, f"{len(info['missing_keys'])} weights are missing, such as {missing}")
+    return model.eval()
+
+
+def _missing(recipe: ModelRecipe, reason: str) -> UserError:
+    here = Path(recipe.name)
+    fix = "give a folder with config.json and *.safetensors, or an id on the Hub"
+    if not here.exists() and recipe.name.startswith("models/"):
+        fix = f"there is no folder {recipe.name} here; scripts/quickstart makes the one of the examples"
+    return UserError(f"cannot load {recipe.name}: {reason}", where="model.name", fix=fix, code=ExitCode.MODEL)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head a copy of the embeddings and note it in the config, which is saved with the model."""
+    _, head = end_modules(model)
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+
+
+def _grow(model: PreTrainedModel, tokenizer: Any, tokens: tuple[str, ...]) -> tuple[int, ...]:
+    """Add tokens; new rows start as the mean of the old ones. Returns their ids."""
+    known = [token for token in tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise UserError(f"'{known[0]}' is in the vocabulary already", where="model.add_tokens")
+    tokenizer.add_tokens(list(tokens))
+    ids = tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
+    old = end_modules(model)[0].weight.shape[0]
+    if ids and max(ids) >= old:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        for end in end_modules(model):
+            if ids:
+                end.weight[list(ids)] = end.weight[:old].float().mean(0).to(end.weight.dtype)
+    return ids

@@ -1,0 +1,297 @@
+"""Every part on every axis keeps its axis' law, over Linear, Conv1D and Embedding, in float32 and bfloat16.
+
+A new part is a new file; these tests find it by themselves.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli import parts
+from lora_cli.adapter import rules
+from lora_cli.adapter.base import Base
+from lora_cli.adapter.delta import Delta
+from lora_cli.adapter.inject import generator_of
+from lora_cli.adapter.layer import Adapted
+from lora_cli.adapter.plan import view_of
+from lora_cli.errors import UserError
+from lora_cli.presets import PRESETS, Method, resolve
+from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
+
+IN, OUT, R = 12, 20, 4
+KINDS = ("linear", "conv1d", "embedding")
+DTYPES = (torch.float32, torch.bfloat16)
+LAYERS = list(itertools.product(KINDS, DTYPES))
+
+
+def module_of(kind: str, dtype: torch.dtype) -> nn.Module:
+    """A random frozen layer that maps IN to OUT."""
+    made = {
+        "linear": lambda: nn.Linear(IN, OUT),
+        "conv1d": lambda: Conv1D(OUT, IN),
+        "embedding": lambda: nn.Embedding(IN, OUT),
+    }[kind]()
+    if kind == "conv1d":
+        nn.init.normal_(made.bias)
+    return made.to(dtype).requires_grad_(False)
+
+
+def base_of(kind: str, dtype: torch.dtype) -> Base:
+    view = view_of(module_of(kind, dtype))
+    assert view is not None
+    assert view[0] == kind
+    return view[1]
+
+
+def input_of(base: Base, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(0, IN, (3, 5)) if base.reads_ids else torch.randn(3, 5, IN).to(dtype)
+
+
+def as_vectors(base: Base, x: torch.Tensor) -> torch.Tensor:
+    """What x means to a matrix: itself, or one-hot ids."""
+    return nn.functional.one_hot(x, IN).double() if base.reads_ids else x.double()
+
+
+def delta_of(name: str, base: Base) -> Delta:
+    """A delta with every tensor random."""
+    delta = parts.load("delta", name).make(base, R, 0.7, None, False)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return delta
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 0, "atol": 2e-5 if dtype is torch.float32 else 0.15}
+
+
+# ---- base ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "dtype"), LAYERS)
+def test_base_is_its_weight_and_bias(kind, dtype):
+    base = base_of(kind, dtype)
+    x = input_of(base, dtype)
+    bias = 0 if base.bias is None else base.bias.double()
+    expected = as_vectors(base, x) @ base.weight().double().t() + bias
+    torch.testing.assert_close(base.module(x).double(), expected, **tolerance(dtype))
+    assert base.weight().dtype is torch.float32
+
+
+@pytest.mark.parametrize(("kind", "dtype"), LAYERS)
+def test_base_projects_a_matrix_the_way_it_applies_its_own(kind, dtype):
+    base = base_of(kind, dtype)
+    x, A = input_of(base, dtype), torch.randn(R, IN).to(dtype)
+    torch.testing.assert_close(
+        base.project(x, A).double(), as_vectors(base, x) @ A.double().t(), **tolerance(dtype)
+    )
+
+
+@pytest.mark.parametrize(("kind", "dtype"), LAYERS)
+def test_replaced_base_holds_exactly_the_new_weight(kind, dtype):
+    base = base_of(kind, dtype)
+    weight = torch.randn(OUT, IN).to(dtype)
+    bias = None if base.bias is None else torch.randn(OUT).to(dtype)
+    found = view_of(base.replaced(weight, bias))
+    assert found is not None
+    assert torch.equal(found[1].weight(), weight.float())
+    assert found[1].bias is None if bias is None else torch.equal(found[1].bias, bias)
+    assert not torch.equal(base.weight(), weight.float()), "the original is left alone"
+
+
+# ---- delta and combine -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", parts.names("delta"))
+@pytest.mark.parametrize(("kind", "dtype"), LAYERS)
+def test_delta_adds_its_weight_times_x(name, kind, dtype):
+    base = base_of(kind, dtype)
+    delta, x = delta_of(name, base), input_of(base, dtype)
+    y = torch.randn(3, 5, OUT).to(dtype)
+    expected = y.double() + as_vectors(base, x) @ delta.weight().double().t()
+    torch.testing.assert_close(delta.add_to(y.clone(), x).double(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("name", parts.names("delta"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_of_a_delta_multiply_to_its_weight(name, kind):
+    delta = delta_of(name, base_of(kind, torch.float32))
+    factors = delta.factors()
+    if factors is not None:
+        torch.testing.assert_close(factors[0] @ factors[1], delta.weight())
+
+
+@pytest.mark.parametrize("name", parts.names("delta"))
+def test_declared_shapes_are_the_tensors_of_the_delta(name):
+    delta = delta_of(name, base_of("linear", torch.float32))
+    declared = parts.load("delta", name).shapes(IN, OUT, R)
+    assert declared == {key: tuple(p.shape) for key, p in delta.named_parameters()}
+
+
+@pytest.mark.parametrize("combine", parts.names("combine"))
+@pytest.mark.parametrize(("kind", "dtype"), LAYERS)
+def test_merged_layer_equals_the_live_one_bias_included(combine, kind, dtype):
+    base = base_of(kind, dtype)
+    layer: Adapted = parts.load("combine", combine).make(base)
+    layer.active = (delta_of("lowrank", base),)
+    x = input_of(base, dtype)
+    merged = base.replaced(layer.merged_weight(), layer.merged_bias())
+    torch.testing.assert_close(
+        merged(x if base.reads_ids else x.float()).double(), layer(x).double(), **tolerance(dtype)
+    )
+
+
+# ---- init, scale, trainable, dropout ------------------------------------------------------------------------------
+
+
+def started(init: str, kind: str) -> Delta:
+    delta = delta_of("lowrank", base_of(kind, torch.float32))
+    with torch.no_grad():
+        parts.load("init", init).init(delta, generator_of(7, "layer"))
+    return delta
+
+
+@pytest.mark.parametrize("init", parts.names("init"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_starts_at_the_base_and_both_factors_move_within_two_steps(init, kind):
+    delta = started(init, kind)
+    assert torch.count_nonzero(delta.weight()) == 0
+    before = [p.detach().clone() for p in delta.parameters()]
+    x = torch.arange(IN) if kind == "embedding" else torch.randn(8, IN)
+    for _ in range(2):
+        (delta.add_to(torch.zeros(len(x), OUT), x) - torch.randn(len(x), OUT)).square().sum().backward()
+        with torch.no_grad():
+            for parameter in delta.parameters():
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+    assert all(not torch.equal(p, old) for p, old in zip(delta.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("init", parts.names("init"))
+def test_init_depends_on_its_generator_only(init):
+    torch.manual_seed(1)
+    first = started(init, "linear").state_dict()
+    torch.manual_seed(2)
+    second = started(init, "linear").state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_only_the_zero_factor_moves_in_the_first_step():
+    for init, still in (("kaiming", "A"), ("zero_a", "B")):
+        delta = started(init, "linear")
+        (delta.add_to(torch.zeros(8, OUT), torch.randn(8, IN)) - 1).square().sum().backward()
+        moving = {key for key, p in delta.named_parameters() if torch.count_nonzero(p.grad)}
+        assert moving == {"A", "B"} - {still}
+
+
+def test_orthogonal_rows_are_orthonormal():
+    A = started("orthogonal", "linear").A.detach().double()
+    torch.testing.assert_close(A @ A.t(), torch.eye(R, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_kaiming_is_uniform_in_one_over_root_in():
+    base = view_of(nn.Linear(400, 50))[1]
+    delta = parts.load("delta", "lowrank").make(base, 64, 1.0, None, False)
+    parts.load("init", "kaiming").init(delta, generator_of(0, "x"))
+    assert delta.A.abs().max() <= 400**-0.5
+    assert delta.A.std().item() == pytest.approx(400**-0.5 / 3**0.5, rel=0.02)
+
+
+def test_scales_have_their_closed_form():
+    scales = {name: parts.load("scale", name).scale for name in parts.names("scale")}
+    for alpha, r in ((16.0, 4), (3.0, 9), (1.0, 1)):
+        assert scales["alpha_over_r"](alpha, r) == alpha / r
+        assert scales["rslora"](alpha, r) == pytest.approx(alpha * r**-0.5)
+
+
+def test_output_of_rslora_does_not_shrink_with_the_rank():
+    ranks, outputs = [4, 16, 64, 256], {"alpha_over_r": [], "rslora": []}
+    x = torch.randn(64, 300)
+    for r in ranks:
+        z = x @ torch.randn(r, 300).t() @ torch.randn(200, r).t()
+        for name, seen in outputs.items():
+            seen.append((parts.load("scale", name).scale(1.0, r) * z).std().log().item())
+    logs = torch.tensor(ranks).log()
+    slopes = {
+        n: torch.linalg.lstsq(torch.stack([logs, torch.ones(4)], 1), torch.tensor(y)[:, None])[0][0].item()
+        for n, y in outputs.items()
+    }
+    assert slopes["rslora"] == pytest.approx(0, abs=0.05)
+    assert slopes["alpha_over_r"] == pytest.approx(-0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("name", parts.names("trainable"))
+def test_after_ten_steps_exactly_the_declared_tensors_changed(name):
+    delta = started("gaussian", "linear")
+    trains = parts.load("trainable", name).trains
+    for key, parameter in delta.named_parameters():
+        parameter.requires_grad_(trains(key))
+    before = {key: value.clone() for key, value in delta.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in delta.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(10):
+        (delta.add_to(torch.zeros(8, OUT), torch.randn(8, IN)) - 1).square().sum().backward()
+        optimizer.step()
+    changed = {key for key, value in delta.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if trains(key)}
+    assert changed
+
+
+@pytest.mark.parametrize("name", parts.names("dropout"))
+def test_dropout_keeps_the_mean_and_rests_in_eval(name):
+    dropout = parts.load("dropout", name).make(p=0.3)
+    x = torch.randn(200, 500)
+    torch.testing.assert_close(
+        dropout(x).sum(), x.sum(), rtol=0, atol=6 * (x.square().sum() * 0.3 / 0.7).sqrt().item()
+    )
+    assert torch.equal(dropout.eval()(x), x)
+    assert parts.load("dropout", name).make(p=0.0) is None
+
+
+# ---- optimizer ------------------------------------------------------------------------------------------------------
+
+
+def test_adamw_step_is_the_closed_form():
+    train = TrainRecipe(learning_rate=0.01, betas=(0.8, 0.95))
+    w = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    optimizer = parts.load("optimizer", "adamw").make([{"params": [w], "weight_decay": 0.1}], train)
+    m = v = torch.zeros_like(w)
+    expected = w.detach().clone()
+    for step in range(1, 5):
+        g = torch.randn_like(w)
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.8**step)) / (
+            (v / (1 - 0.95**step)).sqrt() + 1e-8
+        )
+        w.grad = g
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), expected)
+
+
+# ---- the registry and its rules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("axis", "name"), [(a, n) for a in parts.AXES for n in parts.names(a)])
+def test_part_has_a_one_line_summary_that_starts_with_its_name(axis, name):
+    assert parts.summary(axis, name).startswith(f"{name}: ")
+    parts.load(axis, name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_names_parts_that_exist_and_go_together(name):
+    method = resolve(AdapterRecipe(method=name))
+    assert all(part.name in parts.names(axis) for axis, part in method.chosen().items())
+    rules.check(method, rules.facts_of(method))
+
+
+def test_an_axis_named_in_the_recipe_wins_over_the_preset():
+    assert resolve(AdapterRecipe(method="rslora", scale="alpha_over_r")).scale.name == "alpha_over_r"
+    assert resolve(AdapterRecipe(method="rslora")).scale.name == "rslora"
+
+
+def test_a_frozen_zero_factor_is_refused_with_the_reason():
+    method = Method(name="lora", trainable=parts.Part("lora_fa"), init=parts.Part("zero_a"))
+    with pytest.raises(UserError, match="A would stay zero for ever"):
+        rules.check(method, rules.facts_of(method))

@@ -1,0 +1,87 @@
+"""The adapter on a whole model: what it computes, what it leaves alone, what merging gives."""
+
+import pytest
+import torch
+
+from lora_cli import model as models
+from lora_cli.adapter import inject, plan
+from lora_cli.recipe.schema import AdapterRecipe
+from tests import tiny
+
+
+def adapted_model(kind: str = "llama", new_rows: tuple[int, ...] = (), **adapter: object):
+    """A tiny model with an adapter whose every tensor is random, so that nothing is hidden by a zero."""
+    model = tiny.model(kind)
+    made = plan.make(
+        AdapterRecipe(**{"r": 4, **adapter}), model, models.ends_of(model), new_rows, untied=True
+    )
+    adapter_ = inject.inject(model, made)
+    with torch.no_grad():
+        for parameter in adapter_.named_tensors().values():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model, adapter_
+
+
+IDS = torch.randint(5, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+CASES = [
+    ("llama", {}),
+    ("gpt2", {}),
+    ("gpt2", {"lora_bias": True}),
+    ("gemma3_text", {"target_modules": ("embed_tokens", "q_proj")}),
+    ("llama", {"target_modules": ("embed_tokens", "lm_head")}),
+    ("llama", {"train_also": ("norms", "biases")[:1]}),
+    ("gpt2", {"train_also": ("norms", "biases", "embeddings")}),
+    ("llama", {"new_rows": (7, 200)}),
+    ("gpt2", {"new_rows": (7, 200)}),
+    ("llama", {"scale": "rslora", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+def test_without_adapters_the_base_is_back_to_the_bit(kind, settings):
+    before = tiny.model(kind)(IDS).logits
+    model, adapter = adapted_model(kind, **settings)
+    changed = model(IDS).logits
+    with inject.without_adapters(adapter):
+        assert torch.equal(model(IDS).logits, before)
+    assert not torch.allclose(changed, before)
+    assert torch.equal(model(IDS).logits, changed)
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+def test_merged_model_equals_the_adapted_one(kind, settings):
+    model, adapter = adapted_model(kind, **settings)
+    live = model(IDS).logits
+    inject.merge(model, adapter)
+    assert not list(inject.adapted_layers(model))
+    torch.testing.assert_close(model(IDS).logits, live, rtol=1e-4, atol=2e-5)
+
+
+def test_training_never_changes_a_tensor_of_the_base():
+    model, adapter = adapted_model("gpt2", train_also=("norms", "biases"))
+    base = tiny.model("gpt2").state_dict()
+    optimizer = torch.optim.AdamW(adapter.trainable().values(), lr=0.1)
+    for _ in range(3):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    adapter.deactivate()
+    inject.merge(model, inject.Adapter(model, adapter.plan, {}))
+    assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
+
+def test_every_init_starts_at_the_base():
+    for init in ("kaiming", "gaussian", "zero_a", "orthogonal"):
+        model = tiny.model()
+        before = model(IDS).logits
+        inject.inject(model, plan.make(AdapterRecipe(r=4, init=init), model, models.ends_of(model)))
+        assert torch.equal(model(IDS).logits, before), init
+
+
+def test_factors_depend_on_seed_and_name_only():
+    factors = []
+    for layers, seed in ((None, 3), ((1,), 3), (None, 4)):
+        model = tiny.model()
+        made = plan.make(AdapterRecipe(r=4, layers=layers), model, models.ends_of(model))
+        factors.append(inject.inject(model, made, seed).deltas["model.layers.1.self_attn.q_proj"].A)
+    assert torch.equal(factors[0], factors[1])
+    assert not torch.equal(factors[0], factors[2])
