@@ -1,0 +1,259 @@
+"""The commands. Bodies are a few lines; everything heavy is imported inside them, so that --help is instant."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli import __version__
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.screen import Screen
+
+app = typer.Typer(
+    name="lora",
+    help="Fine-tune language models with LoRA from one YAML recipe.",
+    epilog="Start with:  lora init → lora check recipe.yaml → lora train recipe.yaml → lora eval runs/recipe",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Dtype(StrEnum):
+    """How numbers are stored."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Format(StrEnum):
+    """Formats that adapters are exported to."""
+
+    peft = "peft"
+
+
+RecipePath = Annotated[
+    Path, typer.Argument(help="The recipe, a YAML file. `lora init` writes one.", metavar="RECIPE")
+]
+AdapterPath = Annotated[
+    Path, typer.Argument(help="Adapter folder (ours or PEFT's) or run folder.", metavar="ADAPTER")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Override one key, such as --set adapter.r=8. Repeatable.", metavar="KEY=VALUE"
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+NewFolder = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to make; must not exist.", metavar="DIR")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base", help="Base model, when it is not where the adapter says.", metavar="MODEL"),
+]
+OtherRecipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", help="Recipe with data and metrics; default: the one the adapter was trained with."
+    ),
+]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/<name of the recipe>.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in the output folder; starts it if there is none."),
+    ] = False,
+) -> None:
+    """Fine-tune a model as the recipe says and save the adapter.
+
+    Ctrl-C stops after the step under way and saves everything; --resume then goes on exactly where it stopped.
+    """
+    from lora_cli.recipe.load import check_parts, load
+
+    loaded = load(recipe, overrides or [], output)
+    check_parts(loaded)
+    from lora_cli.run.train import train
+
+    train(loaded.recipe, Screen(), resume)
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Examples to show, trained tokens marked ⟦so⟧.", min=0)] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Validate a recipe and show what it would do: settings, adapted layers, data. Nothing is trained."""
+    from lora_cli.recipe.load import check_parts, load
+
+    loaded = load(recipe, overrides or [])
+    check_parts(loaded)
+    from lora_cli.run.check import check
+
+    screen = Screen()
+    screen.result(check(loaded, screen, rows), as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[
+        Path, typer.Argument(help="Adapter folder, run folder, or model.", metavar="ADAPTER|MODEL")
+    ],
+    recipe: OtherRecipe = None,
+    overrides: Overrides = None,
+    base: BaseModel = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where predictions.jsonl goes; default: the run folder."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure base and adapter side by side on the same held-out rows; writes predictions.jsonl."""
+    from lora_cli.run.evaluate import evaluate
+
+    screen = Screen()
+    screen.result(evaluate(path, recipe, overrides or [], screen, base=base, output=output), as_json)
+
+
+@app.command()
+def generate(
+    adapter: AdapterPath,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to answer.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Rows to answer, one JSON object a line.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the base's answers beside the adapter's.")
+    ] = False,
+    base: BaseModel = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy and repeatable.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt, as it is generated, or a file of them."""
+    from lora_cli.run.generate import Generation, generate
+
+    asked = Generation(prompt, rows, compare, max_new_tokens, temperature, seed)
+    generate(adapter, asked, Screen(), base=base, as_json=as_json)
+
+
+@app.command()
+def chat(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Adapters of one base, or a model.", metavar="ADAPTER...")
+    ],
+    base: BaseModel = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy and repeatable.", min=0.0)] = 0.0,
+) -> None:
+    """Talk to a model; switch between adapters and the bare base while it runs."""
+    from lora_cli.run.chat import chat
+
+    chat(adapters, Screen(), base=base, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command()
+def merge(
+    adapter: AdapterPath,
+    output: NewFolder,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the merged weights; default: the base's own.")
+    ] = None,
+    base: BaseModel = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a plain model with the adapter in its weights, and prove that it computes the same."""
+    from lora_cli.run.merge import merge
+
+    screen = Screen()
+    screen.result(merge(adapter, output, dtype and dtype.value, screen, base=base), as_json)
+
+
+@app.command()
+def export(
+    adapter: AdapterPath,
+    output: NewFolder,
+    format: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.peft,
+    base: BaseModel = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter for other tools: PEFT, transformers, vLLM ..."""
+    from lora_cli.run.export import export
+
+    screen = Screen()
+    screen.result(export(adapter, format.value, output, screen, base=base), as_json)
+
+
+@app.command()
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One method or part, explained.", metavar="[NAME]")
+    ] = None,
+) -> None:
+    """List the methods and the parts they are made of, or explain one."""
+    from lora_cli.run.methods import explain, listing
+
+    listing(Screen(stderr=False)) if name is None else explain(name, Screen(stderr=False))
+
+
+@app.command()
+def init(
+    output: Annotated[Path, typer.Argument(help="The recipe to write.", metavar="[RECIPE]")] = Path(
+        "recipe.yaml"
+    ),
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training rows: jsonl, csv, txt ...")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; take flags and defaults.")] = False,
+) -> None:
+    """Write a short, commented recipe: asks a few questions, or takes flags."""
+    from lora_cli.run.init import init
+
+    init(output, model, data, ask=not yes and sys.stdin.isatty(), screen=Screen())
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, so that editors complete and check recipes."""
+    from lora_cli.recipe.json_schema import json_schema
+
+    Screen().result(json_schema(), as_json=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune language models with LoRA from one YAML recipe."""
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one message and an exit code, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        Screen().error(str(error))
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        Screen().error("stopped")
+        sys.exit(ExitCode.INTERRUPTED)

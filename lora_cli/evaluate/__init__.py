@@ -1,0 +1,1 @@
+"""Loss and perplexity, choice accuracy, generation metrics. Never disturbs training."""

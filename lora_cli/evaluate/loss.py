@@ -1,0 +1,66 @@
+"""Mean loss per trained token over held-out examples."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lora_cli.data.cache import Examples
+from lora_cli.data.example import IGNORE, Batch
+from lora_cli.data.pack import micro_batches
+from lora_cli.evaluate.mode import evaluating
+from lora_cli.train.loss import trained_logits
+
+CHUNK = 1024
+"""Examples sorted by length at once: enough to pad little, few enough to hold."""
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Over `trained_tokens` tokens; nats per token."""
+
+    loss: float
+    trained_tokens: int
+    sums: tuple[float, ...]
+    """−Σ log p over the trained tokens of each example."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is too large for a number."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def held_out_loss(
+    model: PreTrainedModel,
+    examples: Examples,
+    *,
+    device: torch.device,
+    max_tokens: int,
+    pad_id: int,
+    rows: int | None = None,
+) -> HeldOutLoss:
+    """The model's loss on the first `rows` examples (default: all); its mode is put back."""
+    count = len(examples) if rows is None else min(rows, len(examples))
+    sums: dict[int, float] = {}
+    with evaluating(model):
+        for start in range(0, count, CHUNK):
+            chunk = range(start, min(start + CHUNK, count))
+            for batch in micro_batches(
+                examples, chunk, max_tokens=max_tokens, max_rows=None, packing=False, pad_id=pad_id
+            ):
+                sums |= zip(batch.rows, _sums(model, batch, device).tolist(), strict=True)
+    tokens = int(examples.trained_counts[:count].sum())
+    in_order = tuple(sums[row] for row in range(count))
+    return HeldOutLoss(sum(in_order) / tokens, tokens, in_order)
+
+
+def _sums(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+    """−Σ log p over the trained tokens of each row of a padded batch, float64 [rows]."""
+    logits, targets = trained_logits(model, batch, device)
+    each = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
+    row_of = (batch.labels[:, 1:] != IGNORE).nonzero()[:, 0]
+    # Added up on the CPU, where the order of the terms, and so the last digit, is always the same.
+    return torch.zeros(len(batch.rows), dtype=torch.float64).index_add(0, row_of, each)

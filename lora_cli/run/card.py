@@ -1,0 +1,54 @@
+"""The model card of an adapter."""
+
+import json
+from typing import Any
+
+from lora_cli import __version__
+from lora_cli.recipe.dump import to_yaml
+from lora_cli.recipe.schema import Recipe
+from lora_cli.train.loop import Training
+
+
+def card(recipe: Recipe, run: Training, log: list[dict[str, Any]]) -> str:
+    """README.md: what it is, how it was made, how to use it; only what is known."""
+    plan = run.adapter.plan
+    steps = [line for line in log if "loss" in line]
+    held_out = [line for line in log if "eval_loss" in line]
+    trained = sum(p.numel() for p in run.adapter.trainable().values())
+    facts = [
+        f"- base: `{recipe.model.name}`",
+        f"- method: {plan.method.name}, r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}, "
+        f"{len(plan.layers)} layers, {trained:,} trained parameters",
+        f"- data: {run.examples.counts.examples:,} examples, {run.examples.counts.trained_tokens:,} trained tokens",
+        f"- steps: {run.step:,} of {recipe.train.batch_size} examples",
+    ]
+    if steps:
+        facts.append(
+            f"- training loss: {steps[0]['loss']:.4f} at the first step, {steps[-1]['loss']:.4f} at the last"
+        )
+    if held_out:
+        facts.append(f"- held-out loss: {held_out[-1]['eval_loss']:.4f} per trained token")
+    return f"""---
+base_model: {json.dumps(recipe.model.name)}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, {plan.method.name}]
+---
+
+# LoRA adapter
+
+{chr(10).join(facts)}
+
+```bash
+lora generate . --prompt "..."
+lora merge . --output merged
+```
+
+It also loads with `peft.PeftModel.from_pretrained(base, folder)`.
+
+Made with lora-cli {__version__} from this recipe:
+
+```yaml
+{to_yaml(recipe).rstrip()}
+```
+"""

@@ -1,0 +1,100 @@
+"""`lora check`: everything that can be known before training. Nothing is trained, no weights are loaded."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from lora_cli import model as models
+from lora_cli.adapter.plan import Plan
+from lora_cli.data.example import Example
+from lora_cli.data.load import Datasets
+from lora_cli.model import LanguageModel
+from lora_cli.recipe.dump import explained
+from lora_cli.recipe.load import Loaded
+from lora_cli.run import prepare
+from lora_cli.screen import Screen, size
+
+
+def check(loaded: Loaded, screen: Screen, rows: int) -> dict[str, Any]:
+    """Validate the recipe, plan the adapter, tokenise the data, show `rows` examples; returns what was found."""
+    recipe = loaded.recipe
+    screen.heading(f"recipe {loaded.name}")
+    screen.table(["key", "value", "from"], explained(loaded))
+    skeleton = models.skeleton(recipe.model)
+    tokenizer = models.load_tokenizer(recipe.model)
+    language = models.with_tokens(skeleton, tokenizer, recipe.model)
+    plan = prepare.plan_for(recipe, language)
+    show_plan(plan, language, screen)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(str(recipe.output.dir))
+        cache = prepare.cache_folder(folder if folder.exists() else Path(scratch))
+        datasets = prepare.load_data(recipe, language.tokenizer, cache)
+        prepare.check_fit(language.model, datasets)
+        show_data(datasets, screen)
+        for index in range(min(rows, len(datasets.train))):
+            show_example(datasets.train[index], language.tokenizer, screen)
+    return {
+        "recipe": recipe.model_dump(),
+        "layers": [dataclasses.asdict(spec) for spec in plan.layers],
+        "trained_parameters": trained_parameters(plan, language),
+        "train": dataclasses.asdict(datasets.train.counts),
+        "eval": dataclasses.asdict(datasets.eval.counts) if datasets.eval else None,
+    }
+
+
+def trained_parameters(plan: Plan, language: LanguageModel) -> int:
+    """Numbers that will train: the adapter, what `train_also` adds, and the rows of new tokens."""
+    shapes = {name: p.numel() for name, p in language.model.named_parameters(remove_duplicate=False)}
+    embeddings = models.end_modules(language.model)[0]
+    rows = len(plan.new_rows) * embeddings.embedding_dim * (1 if plan.ends.tied else 2)
+    return sum(spec.num_trainable for spec in plan.layers) + sum(shapes[name] for name in plan.also) + rows
+
+
+def show_plan(plan: Plan, language: LanguageModel, screen: Screen) -> None:
+    """Which layers, grouped by the last piece of their name, and what share of the model trains."""
+    screen.heading(f"plan: {plan.method.name}")
+    groups: dict[tuple[Any, ...], int] = {}
+    for spec in plan.layers:
+        key = (spec.name.rpartition(".")[2], spec.out_features, spec.in_features, spec.r, spec.scale)
+        groups[key] = groups.get(key, 0) + 1
+    trainable = {spec.name.rpartition(".")[2]: spec.num_trainable for spec in plan.layers}
+    screen.table(
+        ["module", "layers", "out × in", "r", "scale", "trained"],
+        [(n, count, f"{o}×{i}", r, s, count * trainable[n]) for (n, o, i, r, s), count in groups.items()],
+    )
+    for name in plan.also:
+        screen.note(f"trained in full: {name}")
+    total = sum(p.numel() for p in language.model.parameters())
+    trained = trained_parameters(plan, language)
+    screen.note(f"{size(trained)} of {size(total)} parameters train: {trained / total:.2%}")
+
+
+def show_data(datasets: Datasets, screen: Screen) -> None:
+    """How many rows were kept, cut and dropped, and how many tokens are learned."""
+    screen.heading("data")
+    found = [("train", datasets.train), ("eval", datasets.eval)]
+    counted = [(name, dataclasses.asdict(each.counts)) for name, each in found if each is not None]
+    screen.table(["", *counted[0][1]], [[name, *counts.values()] for name, counts in counted])
+
+
+def show_example(example: Example, tokenizer: Any, screen: Screen) -> None:
+    """Decode an example with every trained stretch marked, in colour and with ⟦ ⟧ for those who see none."""
+    screen.note(f"\n{example.where}: {len(example.input_ids)} tokens, {sum(example.trained)} trained")
+    text = Text()
+    for trained, ids in _stretches(example):
+        piece = tokenizer.decode(ids)
+        text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
+    screen.text(text)
+
+
+def _stretches(example: Example) -> list[tuple[bool, list[int]]]:
+    """Neighbouring tokens of the same kind, together."""
+    found: list[tuple[bool, list[int]]] = []
+    for token, trained in zip(example.input_ids, example.trained, strict=True):
+        if not found or found[-1][0] != trained:
+            found.append((trained, []))
+        found[-1][1].append(token)
+    return found

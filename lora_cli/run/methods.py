@@ -1,0 +1,47 @@
+"""`lora methods`: read from the presets and the files' docstrings; nothing heavy is imported."""
+
+from lora_cli import parts, presets
+from lora_cli.errors import UserError
+from lora_cli.screen import Screen
+
+
+def listing(screen: Screen) -> None:
+    """All methods, then all parts by axis."""
+    screen.heading("methods (adapter.method)")
+    rows = [(name, each.title, each.paper) for name, each in presets.PRESETS.items()]
+    screen.table(["name", "what it is", "paper"], rows)
+    for axis, question in parts.AXES.items():
+        screen.heading(f"{axis}: {question}")
+        screen.table(["name", ""], [(name, _without_name(axis, name)) for name in parts.names(axis)])
+    screen.note("\nlora methods NAME explains one.")
+
+
+def explain(name: str, screen: Screen) -> None:
+    """A preset with its parts, or every part of that name.
+
+    Raises:
+        UserError: nothing is called that.
+    """
+    found = [axis for axis in parts.AXES if name in parts.names(axis)]
+    if name in presets.PRESETS:
+        _explain_preset(name, screen)
+    elif not found:
+        known = [*presets.PRESETS, *(part for axis in parts.AXES for part in parts.names(axis))]
+        raise UserError(f"no method or part is called '{name}'", fix=parts.did_you_mean(name, known))
+    for axis in found:
+        screen.heading(f"{axis}: {name}")
+        screen.note(parts.docstring(axis, name))
+        screen.note(f"\nin a recipe: adapter: {{{axis}: {name}}}   file: lora_cli/methods/{axis}/{name}.py")
+
+
+def _explain_preset(name: str, screen: Screen) -> None:
+    preset = presets.PRESETS[name]
+    screen.heading(preset.title)
+    screen.note(f"{preset.paper}\n\n{preset.when}\n")
+    chosen = presets.Method(name=name, **preset.parts).chosen()
+    screen.table(["axis", "part", ""], [(a, p.name, _without_name(a, p.name)) for a, p in chosen.items()])
+    screen.note(f"\nin a recipe: adapter: {{method: {name}}}")
+
+
+def _without_name(axis: str, name: str) -> str:
+    return parts.summary(axis, name).removeprefix(f"{name}: ")

@@ -1,0 +1,135 @@
+"""A path on the command line -> a model in memory, with its adapters. Shared by the commands after training."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_cli import model as models
+from lora_cli.adapter import files
+from lora_cli.adapter.files import Saved
+from lora_cli.adapter.inject import Adapter, inject
+from lora_cli.adapter.plan import Plan
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.model import LanguageModel
+from lora_cli.recipe.load import load
+from lora_cli.recipe.schema import ModelRecipe, Recipe
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base and the adapters on it; the first is active."""
+
+    language: LanguageModel
+    adapters: dict[str, Adapter]
+    saved: dict[str, Saved]
+    recipe: Recipe | None
+    """The recipe that the first adapter was trained with, when it is known."""
+
+    def use(self, name: str | None) -> None:
+        """Let the model compute with this adapter alone, or with None as the base."""
+        for adapter in self.adapters.values():
+            adapter.deactivate()
+        if name is not None:
+            self.adapters[name].activate()
+
+
+def open_model(
+    paths: Sequence[Path], *, base: str | None = None, dtype: str | None = None, device: torch.device | None = None
+) -> Opened:
+    """Load the base once and put every adapter of `paths` on it.
+
+    Args:
+        paths: adapter folders, run folders, or one model folder (or Hub id) without an adapter.
+        base: use this model instead of the one the adapter names.
+        dtype: how the base is kept, as in a recipe; default: as it was trained, or `auto`.
+        device: where; default: the CPU.
+
+    Raises:
+        UserError: a path is none of these, or the adapters have different bases.
+    """
+    folders = [adapter_folder(path) for path in paths]
+    adapters = [folder for folder in folders if folder is not None]
+    if len(adapters) < len(paths):
+        _only_one(paths)
+        recipe = ModelRecipe.model_validate({"name": base or str(paths[0]), "dtype": dtype or "auto"})
+        return Opened(models.load(recipe, device), {}, {}, None)
+    saved = {name: files.read(folder) for name, folder in _named(adapters).items()}
+    trained = trained_with(adapters[0])
+    language = models.load(_base_of(saved, trained, base, dtype), device)
+    # All plans before the first adapter changes the model's modules.
+    plans = {name: files.plan_of(each, language.model, language.ends) for name, each in saved.items()}
+    opened = Opened(language, {}, saved, trained)
+    for name, each in saved.items():
+        opened.adapters[name] = _put_on(language, each, plans[name], name)
+        opened.use(None)  # the next one has to find the base's own parameters
+    opened.use(next(iter(saved)))
+    return opened
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """The adapter in `path`: the folder itself, or `adapter/` of a run folder; None for a plain model."""
+    for folder in (path, path / "adapter"):
+        if (folder / files.CONFIG).is_file():
+            return folder
+    if (path / "recipe.yaml").is_file():
+        fix = "train it to its end first: lora train ... --resume"
+        raise UserError("this run has no adapter yet", where=str(path), fix=fix, code=ExitCode.MODEL)
+    return None
+
+
+def _put_on(language: LanguageModel, saved: Saved, plan: Plan, name: str) -> Adapter:
+    """Inject a saved adapter into a model that is in memory."""
+    # A folder may be called what a method of PyTorch's modules is called, such as `train`: hence the prefix.
+    adapter = inject(language.model, plan, name=f"adapter_{name}")
+    files.fill(adapter, saved)
+    return adapter
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Adapters are called what their folder is called, or the run folder around `adapter`; numbered when alike."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        here = folder.resolve()
+        first = (here.parent.name if here.name == "adapter" else here.name).replace(".", "-")
+        names = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+        named[next(name for name in names if name not in named)] = folder
+    return named
+
+
+def trained_with(folder: Path) -> Recipe | None:
+    """The recipe in an adapter folder; PEFT writes none."""
+    recipe = folder / "recipe.yaml"
+    return load(recipe).recipe if recipe.is_file() else None
+
+
+def _base_of(saved: dict[str, Saved], trained: Recipe | None, base: str | None, dtype: str | None) -> ModelRecipe:
+    names = {each.base for each in saved.values()}
+    if base is None and len(names) > 1:
+        raise UserError(f"the adapters have different bases: {', '.join(sorted(map(str, names)))}")
+    first = next(iter(saved.values()))
+    name = base or first.base
+    if name is None:
+        raise UserError(
+            "the adapter does not name its base", where=str(first.folder), fix="give it with --base"
+        )
+    known = trained.model if trained and base is None else ModelRecipe.model_validate({"name": name})
+    revision = known.revision or first.config.get("revision")
+    added = {tuple(each.ours.get("add_tokens", ())) for each in saved.values()}
+    if len(added) > 1:
+        raise UserError("the adapters add different tokens to the model", fix="open them one at a time")
+    (tokens,) = added
+    kept = {"dtype": dtype or known.dtype, "add_tokens": tokens}
+    return known.model_copy(update={"name": name, "revision": revision, **kept})
+
+
+def _only_one(paths: Sequence[Path]) -> None:
+    if len(paths) != 1:
+        raise UserError("give one model, or adapters of one model", where=", ".join(map(str, paths)))

@@ -1,0 +1,111 @@
+"""From a recipe to everything that training needs; `check` goes the first half of the way."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from lora_cli import model as models
+from lora_cli.adapter import plan as plans
+from lora_cli.adapter.inject import inject
+from lora_cli.adapter.plan import Plan
+from lora_cli.data import load as data
+from lora_cli.data.load import Datasets
+from lora_cli.data.pack import check_isolation
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.model import DTYPES, LanguageModel
+from lora_cli.recipe.schema import Recipe
+from lora_cli.train import optim
+from lora_cli.train.loop import Training
+
+
+def plan_for(recipe: Recipe, language: LanguageModel) -> Plan:
+    """The plan for a model in memory (or on the meta device)."""
+    return plans.make(
+        recipe.adapter, language.model, language.ends, language.new_rows, untied=recipe.model.untie
+    )
+
+
+def load_data(recipe: Recipe, tokenizer: Any, cache: Path) -> Datasets:
+    """Tokenise the rows, or find them tokenised."""
+    return data.load(
+        recipe.data, tokenizer, cache=cache, seed=recipe.train.seed, references=recipe.eval.references
+    )
+
+
+def check_fit(model: PreTrainedModel, datasets: Datasets) -> None:
+    """Refuse ids and lengths that the model has no rows for, before the first step.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    rows = models.end_modules(model)[0].weight.shape[0]
+    positions = models.max_positions(model)
+    for examples in (datasets.train, datasets.eval):
+        if examples is None:
+            continue
+        if examples.max_id >= rows:
+            what = f"the data has token id {examples.max_id}, the model's embedding has {rows} rows"
+            raise UserError(
+                what, where="model.name", fix="use the model's own tokenizer", code=ExitCode.MODEL
+            )
+        longest = int(examples.lengths.max())
+        if positions is not None and longest > positions:
+            what = f"the longest example has {longest} tokens, the model has {positions} positions"
+            raise UserError(
+                what, where="data.max_length", fix=f"set it to {positions} at most", code=ExitCode.MODEL
+            )
+
+
+def training(
+    recipe: Recipe, language: LanguageModel, datasets: Datasets, accelerator: Accelerator
+) -> Training:
+    """Inject the adapter, make the optimizer, and put the model in training mode."""
+    plan = plan_for(recipe, language)
+    check_fit(language.model, datasets)
+    if recipe.data.packing:
+        check_isolation(language.model)
+    adapter = inject(language.model, plan, recipe.train.seed)
+    if recipe.train.gradient_checkpointing:
+        _recompute(language.model)
+    language.model.train()
+    return Training(
+        model=language.model,
+        adapter=adapter,
+        examples=datasets.train,
+        optimizer=optim.make(adapter.trainable(), recipe.train),
+        train=recipe.train,
+        accelerator=accelerator,
+        precision=precision_of(recipe, language.model, accelerator.device),
+        packing=recipe.data.packing,
+        pad_id=language.pad_id,
+    )
+
+
+def precision_of(recipe: Recipe, model: PreTrainedModel, device: torch.device) -> torch.dtype:
+    """`auto`: what the base is stored in if that is 16 bits, else bfloat16 on GPUs that have it, else float32."""
+    if recipe.train.precision != "auto":
+        return DTYPES[recipe.train.precision]
+    if model.dtype in (torch.bfloat16, torch.float16):
+        return model.dtype
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _recompute(model: PreTrainedModel) -> None:
+    """Keep no activations inside blocks; they are computed again in the backward pass."""
+    # transformers renamed the method after 5.17
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(str(error), where="train.gradient_checkpointing", code=ExitCode.MODEL) from error
+
+
+def cache_folder(run_folder: Path) -> Path:
+    """$LORA_CACHE, or a folder of the run."""
+    return Path(os.environ.get("LORA_CACHE") or run_folder / "cache")

@@ -1,0 +1,91 @@
+"""What a finished run leaves: the adapter folder with its card, the picture of the loss, sample answers."""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from lora_cli import io_ops
+from lora_cli.adapter import files
+from lora_cli.data.load import Datasets
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.evaluate import generation
+from lora_cli.model import LanguageModel
+from lora_cli.recipe.dump import to_yaml
+from lora_cli.recipe.schema import Recipe
+from lora_cli.run.card import card
+from lora_cli.run.folder import RunFolder
+from lora_cli.screen import Screen
+from lora_cli.train.loop import Training
+
+
+def adapter(folder: RunFolder, run: Training, recipe: Recipe, language: LanguageModel) -> None:
+    """Write adapter/ and read it back.
+
+    Raises:
+        UserError: what is on disk is not what was trained.
+    """
+    with io_ops.new_folder(folder.adapter) as made:
+        files.save(made, run.adapter, recipe.model.name, recipe.model.revision, recipe.model.add_tokens)
+        io_ops.write_text(made / "recipe.yaml", to_yaml(recipe))
+        io_ops.write_text(made / "README.md", card(recipe, run, folder.lines()))
+        if recipe.model.add_tokens:
+            language.tokenizer.save_pretrained(made)
+        _verify(made, run)
+
+
+def _verify(folder: Path, run: Training) -> None:
+    on_disk, live = files.read(folder).tensors, files.peft_tensors(run.adapter)
+    if on_disk.keys() != live.keys() or not all(torch.equal(on_disk[key], live[key]) for key in live):
+        what = "the adapter on disk is not the one that was trained"
+        fix = "the checkpoints are untouched: run again with --resume"
+        raise UserError(what, where=str(folder), fix=fix, code=ExitCode.VERIFICATION)
+
+
+def plot(folder: RunFolder) -> None:
+    """Draw loss.png from the log."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = folder.lines()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    axes.plot(*zip(*steps, strict=True), color="#b8c4d9", linewidth=1, label="train, each step")
+    axes.plot(*zip(*_smooth(steps), strict=True), color="#2f5b9d", linewidth=1.8, label="train, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#c8553d", marker="o", markersize=4, label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", title=folder.root.name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    io_ops.write_bytes(folder.plot, buffer.getvalue())
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Mean over the last twentieth of the run."""
+    window = max(len(points) // 20, 1)
+    means: list[tuple[int, float]] = []
+    for index, (step, _) in enumerate(points):
+        recent = [loss for _, loss in points[max(0, index - window + 1) : index + 1]]
+        means.append((step, sum(recent) / len(recent)))
+    return means
+
+
+def show_samples(recipe: Recipe, datasets: Datasets, language: LanguageModel, screen: Screen) -> None:
+    """Generate answers to the first held-out rows and show them beside the right ones."""
+    assert datasets.eval_rows is not None, "the recipe is checked: samples need held-out rows"
+    questions = [datasets.format.question(row) for row in islice(datasets.eval_rows(), recipe.eval.samples)]
+    answers = generation.answers(
+        language.model,
+        language.tokenizer,
+        [question.prompt_ids for question in questions],
+        max_new_tokens=recipe.eval.max_new_tokens,
+        batch_size=recipe.eval.batch_size,
+    )
+    rows = [(q.prompt[-60:], q.answer, a) for q, a in zip(questions, answers, strict=True)]
+    screen.table(["prompt", "expected", "generated"], rows)

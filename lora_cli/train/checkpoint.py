@@ -1,0 +1,117 @@
+"""What is needed to go on exactly: adapter, optimizer, and a few numbers. Written whole, verified, rotated.
+
+checkpoints/step-000100/adapter.safetensors, optimizer.safetensors, state.json, MANIFEST.json
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_cli import io_ops
+from lora_cli.adapter.inject import tensors_of
+from lora_cli.errors import UserError
+from lora_cli.train import optim
+from lora_cli.train.loop import Training
+
+MANIFEST = "MANIFEST.json"
+
+
+def save(folder: Path, run: Training, progress: dict[str, Any]) -> Path:
+    """Write `folder`/step-NNNNNN and return it. `progress` is what the caller has to remember (best loss ...)."""
+    target = folder / f"step-{run.step:06d}"
+    if target.exists():
+        return target
+    state = {
+        "step": run.step,
+        "scaler": run.scaler.state_dict(),
+        "skipped": run.skipped,
+        "connected": run.connected.tolist(),
+        "progress": progress,
+    }
+    with io_ops.new_folder(target) as made:
+        _save_tensors(made / "adapter.safetensors", tensors_of(run.adapter))
+        _save_tensors(
+            made / "optimizer.safetensors", optim.named_state(run.optimizer, run.adapter.trainable())
+        )
+        io_ops.write_json(made / "state.json", state)
+        io_ops.write_json(made / MANIFEST, {path.name: _described(path) for path in sorted(made.iterdir())})
+    return target
+
+
+def restore(folder: Path, run: Training) -> dict[str, Any]:
+    """Put `run` in the state that was saved in `folder`; returns the caller's progress.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    problem = damage(folder)
+    if problem:
+        raise UserError(problem, where=str(folder))
+    tensors, named = load_file(folder / "adapter.safetensors"), run.adapter.named_tensors()
+    if tensors.keys() != named.keys():
+        raise UserError("holds the tensors of another adapter", where=str(folder))
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[name])
+    optim.restore_state(run.optimizer, run.adapter.trainable(), load_file(folder / "optimizer.safetensors"))
+    state = json.loads((folder / "state.json").read_text())
+    run.step, run.skipped = state["step"], state["skipped"]
+    run.connected = torch.tensor(state["connected"])
+    run.scaler.load_state_dict(state["scaler"])
+    return state["progress"]
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what they were when written, and what is wrong with newer ones."""
+    problems: list[str] = []
+    for path in reversed(_all(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path, problems
+        problems.append(f"{path}: {problem}")
+    return None, problems
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None when every file has the size and sha256 of its manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _described(folder / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def rotate(folder: Path, keep: int, best: str | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one, after the newest has been read back."""
+    steps = _all(folder)
+    if not steps or damage(steps[-1]):
+        return
+    for path in steps[:-keep]:
+        if path.name != best:
+            io_ops.remove(path)
+
+
+def _all(folder: Path) -> list[Path]:
+    """Oldest first, by number: as text, step-1000000 would come before step-999999."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}

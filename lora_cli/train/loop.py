@@ -1,0 +1,278 @@
+"""The training loop as a generator: it yields a report after each optimizer step, the caller decides what to do.
+
+There is no hidden state: the rows of a step follow from (seed, step), dropout from (seed, step, micro-batch), the
+learning rate from step. That is what makes going on from a checkpoint exact.
+"""
+
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lora_cli.adapter.inject import Adapter
+from lora_cli.data.cache import Examples
+from lora_cli.data.example import Batch
+from lora_cli.data.pack import epoch_order, micro_batches
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.recipe.schema import TrainRecipe
+from lora_cli.train import optim
+from lora_cli.train.loss import loss_sum
+
+WATCHED_STEPS = 20
+"""A tensor whose gradient was zero in all of the first so many steps is not connected to the loss."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did. Losses are per trained token, in nats."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Read in this step, padding not counted."""
+    trained_tokens: int
+    seconds: float
+    tokens_per_second: float
+    memory_bytes: int
+    """Peak so far: of the GPU if there is one, else of the process."""
+
+
+@dataclass
+class Training:
+    """Everything that the loop works on."""
+
+    model: PreTrainedModel
+    adapter: Adapter
+    examples: Examples
+    optimizer: Optimizer
+    train: TrainRecipe
+    accelerator: Accelerator
+    precision: torch.dtype
+    packing: bool
+    pad_id: int
+    step: int = 0
+    """Optimizer steps done."""
+
+    def __post_init__(self) -> None:
+        """A tensor that trains but has no optimizer would silently stay as it is."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        lost = [name for name, p in self.adapter.trainable().items() if id(p) not in held]
+        assert not lost, f"not in the optimizer: {lost}"
+        # Of torch, not of accelerate: its fp16 exists on GPUs only, and its state has to be in our checkpoints.
+        self.scaler = torch.amp.GradScaler(
+            self.accelerator.device.type, enabled=self.precision is torch.float16
+        )
+        self.connected = torch.zeros(len(self.adapter.trainable()), dtype=torch.bool)
+        self.skipped = 0
+        """Steps skipped because a gradient overflowed in float16; the scaler lowers its factor and goes on."""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Context in which the model computes in the recipe's precision."""
+        return autocast(self.precision, self.model, self.accelerator.device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch may have fewer rows."""
+        return math.ceil(len(epoch_order(self.examples, self.train.seed, 0)) / self.train.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps from beginning to end."""
+        if self.train.max_steps is not None:
+            return self.train.max_steps
+        return math.ceil((self.train.epochs or 1) * self.steps_per_epoch)
+
+
+def train_steps(run: Training) -> Iterator[StepReport]:
+    """Train from `run.step` to the end, yielding after each optimizer step.
+
+    Raises:
+        UserError: a loss or gradient is not finite (nothing has been updated by it), or nothing is learned.
+    """
+    order, order_epoch = None, -1
+    while run.step < run.total_steps:
+        epoch, within = divmod(run.step, run.steps_per_epoch)
+        if epoch != order_epoch:
+            order, order_epoch = epoch_order(run.examples, run.train.seed, epoch), epoch
+        assert order is not None
+        first = within * run.train.batch_size
+        yield _step(run, [int(row) for row in order[first : first + run.train.batch_size]])
+    _check_connected(run)
+
+
+def autocast(
+    precision: torch.dtype, model: PreTrainedModel, device: torch.device
+) -> AbstractContextManager[Any]:
+    """Compute in `precision`. Nothing to do where every tensor already has that type."""
+    mixed = {p.dtype for p in model.parameters() if not p.requires_grad} != {precision}
+    if precision is torch.float32 or not mixed:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=precision)
+
+
+def _step(run: Training, rows: list[int]) -> StepReport:
+    """One optimizer step on these rows."""
+    began = time.perf_counter()
+    rate = optim.learning_rate(run.step, run.total_steps, run.train)
+    optim.set_learning_rate(run.optimizer, rate)
+    trained_tokens = int(run.examples.trained_counts[rows].sum())
+    batches = _mine(run, rows)
+    losses = [_backward(run, batch, index, trained_tokens) for index, batch in enumerate(batches)]
+    loss, grad_norm = _synchronise(run, losses)
+    _check_finite(run, loss, grad_norm, losses, batches)
+    _watch(run, rate)
+    _update(run, grad_norm)
+    run.step += 1
+    seconds = time.perf_counter() - began
+    tokens = int(run.examples.lengths[rows].sum())
+    return StepReport(
+        step=run.step,
+        epoch=run.step / run.steps_per_epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+        tokens=tokens,
+        trained_tokens=trained_tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        memory_bytes=peak_memory(run.accelerator.device),
+    )
+
+
+def _mine(run: Training, rows: list[int]) -> list[Batch]:
+    """The micro-batches of this process: every so many-th row, by length, so that all have about the same to do."""
+    size, rank = run.accelerator.num_processes, run.accelerator.process_index
+    by_length = sorted(rows, key=lambda row: -int(run.examples.lengths[row]))
+    automatic = run.train.micro_batch_size == "auto"
+    return micro_batches(
+        run.examples,
+        by_length[rank::size],
+        max_tokens=token_budget(run.accelerator.device) if automatic else None,
+        max_rows=None if run.train.micro_batch_size == "auto" else run.train.micro_batch_size,
+        packing=run.packing,
+        pad_id=run.pad_id,
+    )
+
+
+def token_budget(device: torch.device) -> int:
+    """Tokens computed at once under `micro_batch_size: auto`: enough to keep the device busy, few enough to fit."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> Tensor:
+    """Add the gradient of one micro-batch; returns its loss as a share of the step's, still on the device."""
+    torch.manual_seed(_seed(run.train.seed, run.step, run.accelerator.process_index, index))
+    with run.computing():
+        loss = loss_sum(run.model, batch, run.accelerator.device) / trained_tokens
+    run.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def _seed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
+
+
+def _synchronise(run: Training, losses: list[Tensor]) -> tuple[float, float]:
+    """Sum loss and gradients over the processes; returns the loss and the norm of the gradients."""
+    loss = torch.stack(losses).sum()
+    parameters = list(run.adapter.trainable().values())
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if run.accelerator.num_processes > 1:
+        loss = cast(Tensor, run.accelerator.reduce(loss, "sum"))
+        for parameter in parameters:
+            parameter.grad = cast(Tensor, run.accelerator.reduce(parameter.grad, "sum"))
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    loss, norm = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()  # the step's only wait
+    return loss, norm
+
+
+def _check_finite(
+    run: Training, loss: float, grad_norm: float, losses: list[Tensor], batches: list[Batch]
+) -> None:
+    """Stop before anything that is not a number reaches the weights."""
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or _is_overflow(run)):
+        return
+    what = "loss" if not math.isfinite(loss) else "gradient"
+    bad = [batch for batch, part in zip(batches, losses, strict=True) if not torch.isfinite(part)] or batches
+    rows = [run.examples[row].where for batch in bad for row in batch.rows]
+    shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+    raise UserError(
+        f"the {what} is not a finite number in step {run.step + 1}; no weight was changed by it",
+        where=f"rows {shown}",
+        fix="lower train.learning_rate, or look at these rows; the last checkpoint is good",
+        code=ExitCode.NON_FINITE,
+    )
+
+
+def _is_overflow(run: Training) -> bool:
+    """In float16 a scaled gradient may overflow; once the scale is down to 1 it is not the scale's fault."""
+    return run.scaler.is_enabled() and run.scaler.get_scale() >= 1
+
+
+def _update(run: Training, grad_norm: float) -> None:
+    """Clip, step, and clear the gradients."""
+    parameters = list(run.adapter.trainable().values())
+    limit = run.train.max_grad_norm
+    if limit is not None and math.isfinite(grad_norm):
+        norm = torch.tensor(grad_norm, device=parameters[0].device)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.skipped += not math.isfinite(grad_norm)
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _watch(run: Training, rate: float) -> None:
+    """Remember which tensors have had a gradient; complain when some never had one."""
+    if run.step >= WATCHED_STEPS or rate == 0:
+        return
+    norms = [torch.linalg.vector_norm(p.grad) for p in run.adapter.trainable().values() if p.grad is not None]
+    run.connected |= (torch.stack(norms) != 0).cpu()
+    if run.step + 1 == WATCHED_STEPS:
+        _check_connected(run)
+
+
+def _check_connected(run: Training) -> None:
+    # The factor beside a zero one has no gradient in step 1, so a run of one step proves nothing.
+    watched = min(run.step + 1, WATCHED_STEPS)
+    if run.skipped and run.skipped == run.step:
+        what, fix = "every step overflowed in float16", "train longer, or set train.precision: bfloat16 or float32"
+        raise UserError(what, where="train.precision", fix=fix, code=ExitCode.LEARNED_NOTHING)
+    dead = [name for name, ok in zip(run.adapter.trainable(), run.connected.tolist(), strict=True) if not ok]
+    if not dead or watched < 2 or run.train.learning_rate == 0:
+        return
+    everything = len(dead) == len(run.connected)
+    if watched < WATCHED_STEPS and not everything:
+        return
+    raise UserError(
+        f"{'nothing' if everything else dead[0]} received a gradient in the first {watched} steps",
+        where=f"{len(dead)} of {len(run.connected)} trained tensors",
+        fix="leave these modules out with adapter.exclude_modules",
+        code=ExitCode.LEARNED_NOTHING,
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest point so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
