@@ -1,0 +1,183 @@
+"""YAML files and overrides -> Recipe, with the place that every value came from.
+
+Paths in a recipe are relative to the current directory, as in the shell; only `extends` is relative to its file.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+from lora_cli import parts
+from lora_cli.errors import UserError
+from lora_cli.presets import PRESETS
+from lora_cli.recipe import explain, layers, read
+from lora_cli.recipe.read import Marked
+from lora_cli.recipe.schema import OutputRecipe, Part, Recipe, Section, axes
+
+MAX_FILES = 8
+PLACE = re.compile(r"(?:\$\{\w+\} at )?(?P<file>.*):(?P<line>\d+)")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checked recipe and where it came from."""
+
+    recipe: Recipe
+    origins: Mapping[str, str]
+    """Dotted key -> `file:line`, `${NAME} at file:line`, `--set` or `--output`; keys absent here are defaults."""
+    name: str
+    """The file's name without its ending."""
+
+    def origin(self, key: str) -> str:
+        """Where the value at a dotted key came from, written in short or in full; empty for a default."""
+        above = [key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1)]
+        written = next((each for each in above if each in self.origins), None)
+        below = (each for each in self.origins if each.startswith(f"{key}."))
+        return self.origins.get(written or next(below, ""), "")
+
+
+def load(path: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Loaded:
+    """Read a recipe, the files it extends, and what the command line sets on top.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value`, keys dotted; a later one wins over an earlier one.
+        output: wins over output.dir.
+
+    Raises:
+        UserError: with every mistake of the files and overrides, each with its place.
+    """
+    tree = _with_parents(path)
+    if tree.error is not None:
+        raise tree.error
+    if not isinstance(tree.value, dict):
+        what = "the recipe is empty" if tree.value is None else "a recipe is a mapping with sections"
+        raise UserError(what, where=tree.where, fix="`lora init` writes one")
+    on_top = [_override(text) for text in overrides]
+    if output is not None:
+        on_top.append(_nested("output.dir", Marked(str(output), "--output")))
+    tree = layers.over(tree, reduce(layers.merged, on_top, Marked({}, "--set")))
+    recipe = _checked(tree)
+    if recipe.output.dir is None:
+        recipe = recipe.model_copy(update={"output": OutputRecipe(dir=f"runs/{path.stem}")})
+    return Loaded(recipe, _origins(tree), path.stem)
+
+
+def check_parts(loaded: Loaded) -> None:
+    """Import the parts that the recipe names and check the settings under their names.
+
+    Raises:
+        UserError: with every wrong setting.
+    """
+    found: list[UserError] = []
+    for key, axis in axes().items():
+        section, _, name = key.partition(".")
+        part = getattr(getattr(loaded.recipe, section), name)
+        if isinstance(part, Part):
+            settings = settings_of(axis, part.name)
+            top = (section, name, part.name)
+            found += explain.complaints(settings, part.settings, partial(_place_in, loaded), top)
+    if found:
+        raise UserError.several(sorted(found, key=_position))
+
+
+def settings_of(axis: str, name: str) -> type[Section]:
+    """The settings that a part's file declares; importing it may import torch."""
+    settings = getattr(parts.load(axis, name), "Settings", Section)
+    assert issubclass(settings, Section), f"Settings of {axis} {name} must be a Section"
+    return settings
+
+
+def _with_parents(path: Path, children: tuple[Path, ...] = ()) -> Marked:
+    """The file over the one it extends, over the one that extends ..."""
+    tree = read.read_file(path)
+    if not isinstance(tree.value, dict) or "extends" not in tree.value:
+        return tree
+    children = (*children, path.resolve())
+    extends, tree = tree.value["extends"], layers.without(tree, ("extends",))
+    parent = _parent(path, extends, children)
+    try:
+        base = _with_parents(parent, children)
+    except UserError as error:
+        if error.where != str(parent):
+            raise
+        raise UserError(f"extends: {parent}: {error.what}", where=extends.where, fix=error.fix) from error
+    return layers.over(base, tree) if isinstance(base.value, dict) else tree
+
+
+def _parent(path: Path, extends: Marked, children: tuple[Path, ...]) -> Path:
+    if extends.error is not None:
+        raise extends.error
+    if not isinstance(extends.value, str) or not extends.value:
+        raise UserError("extends: expected the path of one recipe", where=extends.where)
+    parent = path.parent / extends.value
+    if parent.resolve() in children:
+        raise UserError(f"extends goes round in a circle: {parent} extends this file", where=extends.where)
+    if len(children) >= MAX_FILES:
+        raise UserError(f"extends goes deeper than {MAX_FILES} files", where=extends.where)
+    return parent
+
+
+def _override(text: str) -> Marked:
+    key, equals, value = text.partition("=")
+    where = f"--set {text}"
+    steps = key.strip().split(".")
+    if not equals or not all(steps) or len(steps) > read.MAX_DEPTH:
+        raise UserError("expected key=value", where=where, fix="for example --set adapter.r=8")
+    return _nested(key.strip(), read.read_value(value, where))
+
+
+def _nested(dotted: str, node: Marked) -> Marked:
+    """The value under its key, as it would stand in a file."""
+    for key in reversed(dotted.split(".")):
+        node = Marked({key: node}, node.where)
+    return node
+
+
+def _checked(tree: Marked) -> Recipe:
+    """The tree as a recipe.
+
+    Raises:
+        UserError: with everything that is wrong in it.
+    """
+    data = layers.plain(tree)
+    unusable = {keys: node.error for keys, node in layers.walk(tree) if node.error is not None}
+    found = [
+        UserError(f"{'.'.join(map(str, keys))}: {error.what}", where=error.where, fix=error.fix)
+        for keys, error in unusable.items()
+    ]
+    found += _unknown_method(tree)
+    found += explain.complaints(Recipe, data, partial(layers.place, tree), broken=unusable)
+    if found:
+        raise UserError.several(sorted(found, key=_position))
+    return Recipe.model_validate(data)
+
+
+def _unknown_method(tree: Marked) -> Iterator[UserError]:
+    method = dict(layers.walk(tree)).get(("adapter", "method"))
+    if method is not None and isinstance(method.value, str) and method.value not in ("", *PRESETS):
+        fix = parts.did_you_mean(method.value, PRESETS)
+        yield UserError(f"adapter.method: unknown method '{method.value}'", where=method.where, fix=fix)
+
+
+def _origins(tree: Marked) -> dict[str, str]:
+    """The place of every value that was written. A section is none: most of what is in it may be defaults."""
+    return {
+        ".".join(map(str, keys)): "--set" if node.where.startswith("--set ") else node.where
+        for keys, node in layers.walk(tree)
+        if not isinstance(node.value, dict) or (not node.value and len(keys) > 1)
+    }
+
+
+def _place_in(loaded: Loaded, keys: tuple[Any, ...]) -> str:
+    dotted = ".".join(map(str, keys))
+    return loaded.origin(dotted) or dotted
+
+
+def _position(error: UserError) -> tuple[str, int]:
+    """File by file, line by line, the command line last."""
+    found = None if error.where.startswith("--") else PLACE.fullmatch(error.where)
+    return (found["file"], int(found["line"])) if found else ("\U0010ffff", 0)
