@@ -1,0 +1,1 @@
+"""Rows -> Example (ids and which of them are trained on) -> Batch."""
