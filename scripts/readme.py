@@ -1,0 +1,65 @@
+"""Write the generated tables of README.md: recipe keys, methods, parts; --check says whether they are current."""
+
+import sys
+from pathlib import Path
+
+from lora_cli import io_ops, parts, presets
+from lora_cli.recipe import schema
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def main() -> int:
+    """Rewrite what stands between the markers; with --check return 1 when it is not current."""
+    text = README.read_text(encoding="utf-8")
+    current = filled(text)
+    if "--check" in sys.argv:
+        return int(current != text)
+    io_ops.write_text(README, current)
+    return 0
+
+
+def filled(text: str) -> str:
+    """README with every generated table as it should be."""
+    for name, made in (("methods", methods()), ("parts", all_parts()), ("keys", keys())):
+        begin, end = f"<!-- {name}: made by scripts/readme.py -->", f"<!-- end of {name} -->"
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n{made}\n{end}{tail}"
+    return text
+
+
+def methods() -> str:
+    """The presets."""
+    rows = [f"| `{name}` | {each.title} | {_paper(each.paper)} |" for name, each in presets.PRESETS.items()]
+    return "\n".join(["| `adapter.method` | what it is | paper |", "|---|---|---|", *rows])
+
+
+def all_parts() -> str:
+    """The axes and their parts."""
+    rows = [
+        f"| {axis} | {question} | {', '.join(f'`{name}`' for name in parts.names(axis))} |"
+        for axis, question in parts.AXES.items()
+    ]
+    return "\n".join(["| axis | the question it answers | parts |", "|---|---|---|", *rows])
+
+
+def keys() -> str:
+    """Every key of a recipe with its meaning."""
+    lines = ["| key | meaning |", "|---|---|"]
+    for section, field in schema.Recipe.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, schema.Section)
+        for key, each in model.model_fields.items():
+            lines.append(f"| `{section}.{key}` | {(each.description or '').replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def _paper(paper: str) -> str:
+    number = paper.removeprefix("arXiv:")
+    return f"[{paper}](https://arxiv.org/abs/{number})" if number != paper else paper
+
+
+if __name__ == "__main__":
+    sys.exit(main())
