@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from lora_cli.errors import ExitCode, UserError
 
 TEMPORARY = ".tmp-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def new_folder(target: Path) -> Generator[Path]:
         temporary = _temporary_name(target)
         temporary.mkdir()
     try:
-        yield temporary
+        with _disk_errors(target, only=FULL):  # what other libraries write into it
+            yield temporary
         with _disk_errors(target):
             for path in temporary.rglob("*"):
                 _readable(path)
@@ -88,6 +90,23 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def appending(target: Path) -> Generator[Callable[[bytes], None]]:
+    """Yield a function that adds bytes to a new file: for what is too large to hold, inside a `new_folder`."""
+    with _disk_errors(target):
+        file = target.open("xb")
+
+    def write(content: bytes) -> None:
+        with _disk_errors(target):
+            file.write(content)
+
+    try:
+        yield write
+    finally:
+        with _disk_errors(target):
+            file.close()
+
+
 def append_line(target: Path, line: str) -> None:
     """Add one line to a log. A crash can lose or cut the last lines, never an earlier one."""
     with _disk_errors(target), target.open("a", encoding="utf-8") as file:
@@ -132,11 +151,14 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Generator[None]:
+def _disk_errors(target: Path, only: tuple[int, ...] | None = None) -> Generator[None]:
+    """Turn errors of the system into messages; of all kinds, or only those with these numbers."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if only is not None and error.errno not in only:
+            raise
+        full = error.errno in FULL
         fix = (
             "free some space and run the same command again" if full else "check the path and its permissions"
         )

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data import columns, format, tokens
-from lora_cli.data.source import Row
+from lora_cli.data.row import Row
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import DataRecipe
 from tests import tiny
@@ -277,10 +277,11 @@ def test_the_system_message_stands_in_front_of_rows_without_one(form):
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0}])
 def test_a_marked_message_is_read_but_not_learned(mark):
-    tokenizer = tiny.tokenizer()
+    shows_keys = tiny.CHATML.replace("message['content']", "message['content'] + message.keys() | join")
+    tokenizer = tiny.tokenizer(shows_keys)
     values = {"messages": [USER, {**ASSISTANT, **mark}, USER, {"role": "assistant", "content": "No."}]}
     found = example(tokenizer, values, chat_template="auto")
-    assert tokenizer.decode(learned(found)) == "No.<|im_end|>"
+    assert tokenizer.decode(learned(found)) == "No.rolecontent<|im_end|>"
     assert "Yes." in tokenizer.decode(found.input_ids)
     for key in mark:
         assert key not in tokenizer.decode(found.input_ids)

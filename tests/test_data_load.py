@@ -13,7 +13,7 @@ from lora_cli.data import cache, load
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import Example
 from lora_cli.data.pack import epoch_order
-from lora_cli.data.source import Row
+from lora_cli.data.row import Row
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import DataRecipe
 from tests import tiny

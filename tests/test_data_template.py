@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data import format
-from lora_cli.data.source import Row
+from lora_cli.data.row import Row
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import DataRecipe
 from tests import tiny

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lora_cli import io_ops
 from lora_cli.data.example import Example
 from lora_cli.data.format import Format
-from lora_cli.data.source import Row, wrong
+from lora_cli.data.row import Row, wrong
 from lora_cli.errors import UserError
 
 INDEX, IDS, TRAINED, OFFSETS, ROWS, REJECTED = (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_cli.data.source import Row, wrong
+from lora_cli.data.row import Row, wrong
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import PromptFormat
 

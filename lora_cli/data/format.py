@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data import columns, template
 from lora_cli.data.columns import Conversation, Document, Pair, Reader, Said
 from lora_cli.data.example import Example
-from lora_cli.data.source import Row, wrong
+from lora_cli.data.row import Row, wrong
 from lora_cli.data.template import Turn
 from lora_cli.data.tokens import Ids, encode, join, leading
 from lora_cli.errors import ExitCode, UserError

@@ -16,7 +16,8 @@ from lora_cli.data import cache as examples_on_disk
 from lora_cli.data import format as formats
 from lora_cli.data.cache import Examples
 from lora_cli.data.format import Format
-from lora_cli.data.source import Row, fingerprint, read_rows, snapshot, wrong
+from lora_cli.data.row import Row, wrong
+from lora_cli.data.source import fingerprint, read_rows, snapshot
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import DataRecipe, WeightedSource
 

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.columns import Conversation, Message, text_of
-from lora_cli.data.source import wrong
+from lora_cli.data.row import wrong
 from lora_cli.errors import UserError
 
 THINK, END_THINK = "<think>", "</think>"
