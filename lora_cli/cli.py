@@ -21,6 +21,9 @@ app = typer.Typer(
 )
 
 
+SMALLER = "take less at once: train.micro_batch_size: 1, eval.batch_size, data.max_length, or gradient_checkpointing"
+
+
 class Dtype(StrEnum):
     """How numbers are stored."""
 
@@ -227,7 +230,7 @@ def init(
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, so that editors complete and check recipes."""
-    from lora_cli.recipe.json_schema import json_schema
+    from lora_cli.recipe.dump import json_schema
 
     Screen().result(json_schema(), as_json=True)
 
@@ -257,3 +260,8 @@ def main() -> None:
     except KeyboardInterrupt:
         Screen().error("stopped")
         sys.exit(ExitCode.INTERRUPTED)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        Screen().error(f"out of memory\n  → {SMALLER}")
+        sys.exit(ExitCode.OUT_OF_MEMORY)

@@ -20,9 +20,13 @@ def test_a_folder_appears_only_when_the_block_ends_well(tmp_path):
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), io_ops.new_folder(tmp_path / "made") as folder:
-        (folder / "a.txt").write_text("a")
-        raise RuntimeError
+    def fails() -> None:
+        with io_ops.new_folder(tmp_path / "made") as folder:
+            (folder / "a.txt").write_text("a")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
     assert not list(tmp_path.iterdir())
 
 

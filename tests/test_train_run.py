@@ -239,7 +239,7 @@ def test_a_tensor_without_a_gradient_in_twenty_steps_is_an_error(recipe, monkeyp
 
     monkeypatch.setattr(loop.Training, "__post_init__", disconnected)
     monkeypatch.setattr(loop, "loss_sum", cut_off)
-    with pytest.raises(UserError, match="layers.1.mlp.down_proj.*received a gradient") as caught:
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj.*received a gradient") as caught:
         train(asked, Screen())
     assert caught.value.code is ExitCode.LEARNED_NOTHING
     assert not (Path(str(asked.output.dir)) / "adapter").exists()

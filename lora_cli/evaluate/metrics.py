@@ -8,8 +8,6 @@ from lora_cli.errors import UserError
 
 NORMAL_95 = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
-GENERATED = ("exact_match", "bleu", "chrf")
-"""Metrics of answers that the model writes itself."""
 
 
 def exact_match(answer: str, references: Iterable[str]) -> bool:

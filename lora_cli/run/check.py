@@ -8,6 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from lora_cli import model as models
+from lora_cli import presets
 from lora_cli.adapter.plan import Plan
 from lora_cli.data.example import Example
 from lora_cli.data.load import Datasets
@@ -22,7 +23,7 @@ def check(loaded: Loaded, screen: Screen, rows: int) -> dict[str, Any]:
     """Validate the recipe, plan the adapter, tokenise the data, show `rows` examples; returns what was found."""
     recipe = loaded.recipe
     screen.heading(f"recipe {loaded.name}")
-    screen.table(["key", "value", "from"], explained(loaded))
+    screen.table(["key", "value", "from"], _with_preset(loaded))
     skeleton = models.skeleton(recipe.model)
     tokenizer = models.load_tokenizer(recipe.model)
     language = models.with_tokens(skeleton, tokenizer, recipe.model)
@@ -43,6 +44,16 @@ def check(loaded: Loaded, screen: Screen, rows: int) -> dict[str, Any]:
         "train": dataclasses.asdict(datasets.train.counts),
         "eval": dataclasses.asdict(datasets.eval.counts) if datasets.eval else None,
     }
+
+
+def _with_preset(loaded: Loaded) -> list[tuple[str, str, str]]:
+    """The resolved recipe; axes that it leaves to the method show the method's part."""
+    method = presets.resolve(loaded.recipe.adapter)
+    left = {f"adapter.{axis}": part.name for axis, part in method.chosen().items()}
+    return [
+        (key, left[key], f"method {method.name}") if value == "null" and key in left else (key, value, origin)
+        for key, value, origin in explained(loaded)
+    ]
 
 
 def trained_parameters(plan: Plan, language: LanguageModel) -> int:

@@ -11,7 +11,6 @@ from lora_cli import model as models
 from lora_cli.adapter import files
 from lora_cli.adapter.files import Saved
 from lora_cli.adapter.inject import Adapter, inject
-from lora_cli.adapter.plan import Plan
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.load import load
@@ -37,7 +36,11 @@ class Opened:
 
 
 def open_model(
-    paths: Sequence[Path], *, base: str | None = None, dtype: str | None = None, device: torch.device | None = None
+    paths: Sequence[Path],
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    device: torch.device | None = None,
 ) -> Opened:
     """Load the base once and put every adapter of `paths` on it.
 
@@ -59,11 +62,9 @@ def open_model(
     saved = {name: files.read(folder) for name, folder in _named(adapters).items()}
     trained = trained_with(adapters[0])
     language = models.load(_base_of(saved, trained, base, dtype), device)
-    # All plans before the first adapter changes the model's modules.
-    plans = {name: files.plan_of(each, language.model, language.ends) for name, each in saved.items()}
     opened = Opened(language, {}, saved, trained)
     for name, each in saved.items():
-        opened.adapters[name] = _put_on(language, each, plans[name], name)
+        opened.adapters[name] = _put_on(language, each, name)
         opened.use(None)  # the next one has to find the base's own parameters
     opened.use(next(iter(saved)))
     return opened
@@ -85,8 +86,35 @@ def adapter_folder(path: Path) -> Path | None:
     return None
 
 
-def _put_on(language: LanguageModel, saved: Saved, plan: Plan, name: str) -> Adapter:
+def adapter_in(path: Path) -> Path:
+    """The adapter folder that a command needs.
+
+    Raises:
+        UserError: there is none, as in a plain or merged model.
+    """
+    folder = adapter_folder(path)
+    if folder is None:
+        what = "holds no adapter" if path.exists() else "there is no such folder"
+        fix = "give the folder of an adapter or of a run; a merged model has nothing left to merge or export"
+        raise UserError(what, where=str(path), fix=fix, code=ExitCode.MODEL)
+    return folder
+
+
+def refuse_inside(output: Path, *sources: Path) -> None:
+    """Refuse to write into what is read.
+
+    Raises:
+        UserError: `output` is one of these folders or lies in one.
+    """
+    for source in sources:
+        if output.resolve().is_relative_to(source.resolve()):
+            what, fix = f"lies in {source}, which is never written to", "name another folder with --output"
+            raise UserError(what, where=str(output), fix=fix, code=ExitCode.DISK)
+
+
+def _put_on(language: LanguageModel, saved: Saved, name: str) -> Adapter:
     """Inject a saved adapter into a model that is in memory."""
+    plan = files.plan_of(saved, language.model, language.ends)
     # A folder may be called what a method of PyTorch's modules is called, such as `train`: hence the prefix.
     adapter = inject(language.model, plan, name=f"adapter_{name}")
     files.fill(adapter, saved)
@@ -110,7 +138,9 @@ def trained_with(folder: Path) -> Recipe | None:
     return load(recipe).recipe if recipe.is_file() else None
 
 
-def _base_of(saved: dict[str, Saved], trained: Recipe | None, base: str | None, dtype: str | None) -> ModelRecipe:
+def _base_of(
+    saved: dict[str, Saved], trained: Recipe | None, base: str | None, dtype: str | None
+) -> ModelRecipe:
     names = {each.base for each in saved.values()}
     if base is None and len(names) > 1:
         raise UserError(f"the adapters have different bases: {', '.join(sorted(map(str, names)))}")
@@ -121,8 +151,8 @@ def _base_of(saved: dict[str, Saved], trained: Recipe | None, base: str | None, 
             "the adapter does not name its base", where=str(first.folder), fix="give it with --base"
         )
     known = trained.model if trained and base is None else ModelRecipe.model_validate({"name": name})
-    revision = known.revision or first.config.get("revision")
-    added = {tuple(each.ours.get("add_tokens", ())) for each in saved.values()}
+    revision = known.revision or first.config.revision
+    added = {each.ours.add_tokens for each in saved.values()}
     if len(added) > 1:
         raise UserError("the adapters add different tokens to the model", fix="open them one at a time")
     (tokens,) = added

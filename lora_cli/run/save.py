@@ -87,5 +87,5 @@ def show_samples(recipe: Recipe, datasets: Datasets, language: LanguageModel, sc
         max_new_tokens=recipe.eval.max_new_tokens,
         batch_size=recipe.eval.batch_size,
     )
-    rows = [(q.prompt[-60:], q.answer, a) for q, a in zip(questions, answers, strict=True)]
-    screen.table(["prompt", "expected", "generated"], rows)
+    rows = [(q.where, q.answer, a) for q, a in zip(questions, answers, strict=True)]
+    screen.table(["row", "expected", "generated"], rows)

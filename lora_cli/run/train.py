@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from lora_cli import io_ops
@@ -36,7 +35,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False) -> Path:
     folder = RunFolder(Path(str(recipe.output.dir)))
     if not resume:
         folder.check_new()
-    with folder.held(), _memory_errors():
+    with folder.held():
         if resume and _is_finished(folder, recipe, screen):
             return folder.adapter
         accelerator = Accelerator()
@@ -228,16 +227,3 @@ def stop_signals() -> Generator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _memory_errors() -> Generator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "out of memory",
-            where="train",
-            fix="set train.micro_batch_size: 1, a smaller data.max_length, or train.gradient_checkpointing: true",
-            code=ExitCode.OUT_OF_MEMORY,
-        ) from error

@@ -112,7 +112,7 @@ def train_steps(run: Training) -> Iterator[StepReport]:
         assert order is not None
         first = within * run.train.batch_size
         yield _step(run, [int(row) for row in order[first : first + run.train.batch_size]])
-    _check_connected(run)
+    _check_connected(run, run.step)
 
 
 def autocast(
@@ -247,23 +247,21 @@ def _watch(run: Training, rate: float) -> None:
     norms = [torch.linalg.vector_norm(p.grad) for p in run.adapter.trainable().values() if p.grad is not None]
     run.connected |= (torch.stack(norms) != 0).cpu()
     if run.step + 1 == WATCHED_STEPS:
-        _check_connected(run)
+        _check_connected(run, WATCHED_STEPS)
 
 
-def _check_connected(run: Training) -> None:
-    # The factor beside a zero one has no gradient in step 1, so a run of one step proves nothing.
-    watched = min(run.step + 1, WATCHED_STEPS)
+def _check_connected(run: Training, steps: int) -> None:
+    """Complain when nothing was learned in `steps` steps, or some tensor had no gradient in the watched ones."""
     if run.skipped and run.skipped == run.step:
         what, fix = "every step overflowed in float16", "train longer, or set train.precision: bfloat16 or float32"
         raise UserError(what, where="train.precision", fix=fix, code=ExitCode.LEARNED_NOTHING)
     dead = [name for name, ok in zip(run.adapter.trainable(), run.connected.tolist(), strict=True) if not ok]
-    if not dead or watched < 2 or run.train.learning_rate == 0:
-        return
     everything = len(dead) == len(run.connected)
-    if watched < WATCHED_STEPS and not everything:
+    # A short run proves less: the factor beside a zero one has its first gradient in step 2.
+    if not dead or run.train.learning_rate == 0 or (steps < WATCHED_STEPS and not everything):
         return
     raise UserError(
-        f"{'nothing' if everything else dead[0]} received a gradient in the first {watched} steps",
+        f"{'nothing' if everything else dead[0]} received a gradient in the first {min(steps, WATCHED_STEPS)} steps",
         where=f"{len(dead)} of {len(run.connected)} trained tensors",
         fix="leave these modules out with adapter.exclude_modules",
         code=ExitCode.LEARNED_NOTHING,
