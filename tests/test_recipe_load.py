@@ -82,6 +82,13 @@ def test_all_mistakes_are_told_and_nothing_else(folder: Path, values: dict[str, 
         loaded(folder, text)
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_numbers_are_finite_however_a_recipe_was_made(number: float) -> None:
+    for key in ("alpha", "dropout"):
+        with pytest.raises(ValueError, match=key):
+            Recipe.model_validate({"model": {"name": "m"}, "data": {"train": "a"}, "adapter": {key: number}})
+
+
 def test_errors_stand_in_the_order_of_the_file(folder: Path) -> None:
     message = refusal(folder, "train: {epochs: 0}\nmodel:\n  name: 5\nadapter:\n  r: 0\ndata: {train: 5}\n")
     assert lines_of(message) == [1, 3, 5, 6]
@@ -104,6 +111,16 @@ def test_a_missing_key_is_told_unless_an_unknown_one_stands_for_it(folder: Path)
         assert "missing" not in refusal(folder, f"{stands_for}\ndata: {{train: a}}\n")
     assert "empty" in refusal(folder, "# nothing\n")
     assert "mapping" in refusal(folder, "[a, b]\n")
+
+
+def test_a_missing_key_is_told_of_the_file_not_of_the_override_beside_it(folder: Path) -> None:
+    message = refusal(folder, "data: {train: a}\nmodel: {revision: b}\n", "model.dtype=float32")
+    assert lines_of(message) == [2]
+
+
+def test_a_duplicate_section_in_the_base_is_told_though_the_child_has_it_too(folder: Path) -> None:
+    (folder / "base.yaml").write_text(BASE + "adapter: {r: 1}\nadapter: {r: 2}\n")
+    assert "base.yaml:5: adapter: duplicate key" in refusal(folder, "extends: base.yaml\nadapter: {r: 3}\n")
 
 
 def test_a_duplicate_key_names_both_lines(folder: Path) -> None:
@@ -284,6 +301,9 @@ def test_a_mistake_in_the_base_is_told_with_its_own_file(folder: Path) -> None:
     assert "base.yaml:4: unknown key 'adapter.rr'" in refusal(
         folder, "extends: base.yaml\ntrain: {seed: 1}\n"
     )
+    for nothing in ("", "[a]", "5"):
+        (folder / "base.yaml").write_text(nothing)
+        assert refusal(folder, "extends: base.yaml\n" + BASE).startswith("base.yaml:1: ")
     (folder / "base.yaml").write_text("model: [\n")
     assert re.match(r"base\.yaml:2: not valid YAML", refusal(folder, "extends: base.yaml\n"))
 

@@ -79,6 +79,9 @@ def test_at_least_95_of_100_typos_get_the_key_that_was_meant(folder: Path) -> No
         ]
     assert len(right) > 1000
     assert len(wrong) <= 0.05 * len(right + wrong), wrong
+    assert {typo for _, typo, _ in wrong} <= {*peers.RENAMED, *peers.EXPLAINED}, (
+        "such a typo is a right word elsewhere"
+    )
 
 
 @pytest.mark.parametrize(("keys", "known"), INNER.items())
@@ -150,6 +153,7 @@ def test_translations_name_keys_that_exist() -> None:
         ("eval: {references: {text}}", "put quotes around it"),
         ("output: {dir: ''}", "write something between the quotes"),
         ("adapter: {target_modules: 'q('}", "not a regular expression"),
+        ("adapter: {target_modules: '[[a]'}", "not a regular expression"),
         ("adapter: {dropout: 1.5}", "expected a number ≥ 0 and < 1, or the name of a part"),
         ("train: {betas: [0.9]}", "expected a list of 2, each a number ≥ 0 and < 1, got a list of 1"),
         ("train: {micro_batch_size: 0}", "expected a whole number ≥ 1, or auto, got 0"),

@@ -51,11 +51,6 @@ def load(path: Path, overrides: Sequence[str] = (), output: Path | None = None) 
         UserError: with every mistake of the files and overrides, each with its place.
     """
     tree = _with_parents(path)
-    if tree.error is not None:
-        raise tree.error
-    if not isinstance(tree.value, dict):
-        what = "the recipe is empty" if tree.value is None else "a recipe is a mapping with sections"
-        raise UserError(what, where=tree.where, fix="`lora init` writes one")
     on_top = [_override(text) for text in overrides]
     if output is not None:
         on_top.append(_nested("output.dir", Marked(str(output), "--output")))
@@ -93,8 +88,8 @@ def settings_of(axis: str, name: str) -> type[Section]:
 
 def _with_parents(path: Path, children: tuple[Path, ...] = ()) -> Marked:
     """The file over the one it extends, over the one that extends ..."""
-    tree = read.read_file(path)
-    if not isinstance(tree.value, dict) or "extends" not in tree.value:
+    tree = _sections(path)
+    if "extends" not in tree.value:
         return tree
     children = (*children, path.resolve())
     extends, tree = tree.value["extends"], layers.without(tree, ("extends",))
@@ -105,7 +100,18 @@ def _with_parents(path: Path, children: tuple[Path, ...] = ()) -> Marked:
         if error.where != str(parent):
             raise
         raise UserError(f"extends: {parent}: {error.what}", where=extends.where, fix=error.fix) from error
-    return layers.over(base, tree) if isinstance(base.value, dict) else tree
+    return layers.over(base, tree)
+
+
+def _sections(path: Path) -> Marked:
+    """One file, which must be a mapping."""
+    tree = read.read_file(path)
+    if tree.error is not None:
+        raise tree.error
+    if not isinstance(tree.value, dict):
+        what = "the recipe is empty" if tree.value is None else "a recipe is a mapping with sections"
+        raise UserError(what, where=tree.where, fix="`lora init` writes one")
+    return tree
 
 
 def _parent(path: Path, extends: Marked, children: tuple[Path, ...]) -> Path:

@@ -22,7 +22,9 @@ def init(output: Path, model: str | None, data: str | None, *, ask: bool, screen
     if output.exists():
         raise UserError("already exists", where=str(output), fix="name another file: lora init other.yaml")
     model = model or (_ask("Model (folder or Hub id)", MODEL) if ask else MODEL)
-    data = data or (_ask("Training rows (jsonl, csv, txt ...)", "data/train.jsonl") if ask else "data/train.jsonl")
+    data = data or (
+        _ask("Training rows (jsonl, csv, txt ...)", "data/train.jsonl") if ask else "data/train.jsonl"
+    )
     io_ops.write_text(output, write(Answers(model=model, train=data, format=suggest(Path(data)))))
     try:
         load(output)
