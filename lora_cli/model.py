@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -92,6 +93,12 @@ def stored_dtype(recipe: ModelRecipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def dtype_on_disk(recipe: ModelRecipe) -> str:
+    """How the model's files store it; float32, which holds every other type, where the config does not say."""
+    dtype = str(getattr(_config(recipe), "dtype", None)).removeprefix("torch.")
+    return dtype if dtype in DTYPES else "float32"
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence the model has positions for, when it says so."""
     return getattr(model.config, "max_position_embeddings", None)
@@ -101,11 +108,13 @@ def quiet() -> None:
     """Leave the terminal to this tool: transformers' own bars and warnings off."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 def _config(recipe: ModelRecipe) -> Any:
     """Read the configuration and refuse what is not a decoder-only language model, by name and with the reason."""
     quiet()
+    _check_folder(recipe.name)
     try:
         config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -114,6 +123,23 @@ def _config(recipe: ModelRecipe) -> Any:
     if reason:
         raise UserError(f"{recipe.name} is {reason}", where="model.name", fix=SCOPE, code=ExitCode.MODEL)
     return config
+
+
+def _check_folder(name: str) -> None:
+    """A path beside existing folders is meant as one: do not ask the Hub for `models/misspelt`.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    path = Path(name)
+    local = (
+        path.is_absolute() or name.startswith((".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
+    )
+    if not local or path.is_dir():
+        return
+    beside = sorted(each.name for each in path.parent.glob("*") if each.is_dir())
+    fix = f"in {path.parent} there are: {', '.join(beside)}" if beside else "scripts/quickstart makes models/"
+    raise UserError(f"there is no folder {name}", where="model.name", fix=fix, code=ExitCode.MODEL)
 
 
 SCOPE = "lora adapts decoder-only language models of transformers, such as Llama, Qwen, Gemma, Mistral, GPT-2"
@@ -135,7 +161,7 @@ def _not_a_language_model(config: Any) -> str | None:
 def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
     attention = {} if recipe.attention == "auto" else {"attn_implementation": recipe.attention}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             recipe.name,
             revision=recipe.revision,
             dtype=dtype,
@@ -146,6 +172,7 @@ def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise _missing(recipe, _first_line(error)) from error
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise _missing(recipe, f"{len(info['missing_keys'])} weights are missing, such as {missing}")
@@ -153,10 +180,7 @@ def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _missing(recipe: ModelRecipe, reason: str) -> UserError:
-    here = Path(recipe.name)
     fix = "give a folder with config.json and *.safetensors, or an id on the Hub"
-    if not here.exists() and recipe.name.startswith("models/"):
-        fix = f"there is no folder {recipe.name} here; scripts/quickstart makes the one of the examples"
     return UserError(f"cannot load {recipe.name}: {reason}", where="model.name", fix=fix, code=ExitCode.MODEL)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lora_cli import parts
 from lora_cli.adapter.delta import Delta
 from lora_cli.adapter.layer import Adapted
-from lora_cli.adapter.plan import LayerSpec, Plan, view_of
+from lora_cli.adapter.plan import Ends, LayerSpec, Plan, view_of
 from lora_cli.adapter.rows import Rows
+from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
 
 
@@ -76,7 +77,7 @@ def inject(model: nn.Module, plan: Plan, seed: int = 0, name: str = "default") -
     deltas = {spec.name: _wrap(model, spec, plan, seed, name) for spec in plan.layers}
     adapter = Adapter(model, plan, deltas, _new_rows(model, plan, name))
     adapter.originals = {each: _get(model, each) for each in plan.also}
-    adapter.also = _copies(adapter.originals)
+    adapter.also = _copies(adapter.originals, plan.ends.tied)
     adapter.activate()
     return adapter
 
@@ -113,21 +114,59 @@ def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) 
     The sum is made in float32 and cast once, to `dtype` or to the base's own type.
 
     Returns:
-        layer name -> ‖cast(W) − W‖ / ‖ΔW‖ (Frobenius): what rounding took, as a share of what was learned.
+        layer, or parameter trained in full -> ‖cast(W) − W‖ / ‖W − W0‖ (Frobenius): what rounding took, as a share
+        of what was learned.
+
+    Raises:
+        UserError: a merged weight is too large for its type.
     """
+    adapter.activate()
     lost: dict[str, float] = {}
-    for name, layer in list(adapted_layers(model)):
-        W, original = layer.merged_weight(), layer.base.weight()
-        stored = W.to(dtype or layer.base_layer.weight.dtype)
-        bias = layer.merged_bias()
-        bias = None if bias is None else bias.to(stored.dtype)
-        change = torch.linalg.norm(W - original).item()
-        lost[name] = torch.linalg.norm(stored.float() - W).item() / change if change else 0.0
+    layers = dict(adapted_layers(model))
+    for name, layer in layers.items():
+        W, bias = layer.merged_weight(), layer.merged_bias()
+        original = adapter.originals.get(f"{name}.weight", _get(model, f"{name}.weight"))
+        stored = rounded(W, dtype or original.dtype, name)
+        lost[name] = _lost(stored, W, layer.base.weight())
+        bias = None if bias is None else rounded(bias, stored.dtype, name)
         model.set_submodule(name, layer.base.replaced(stored, bias))
     for name, parameter in adapter.also.items():
-        kept = adapter.originals[name].dtype
-        _put(model, name, nn.Parameter(parameter.detach().to(dtype or kept), requires_grad=False))
+        if name.rpartition(".")[0] in layers:
+            continue  # it was active, so it is part of what was merged
+        original = adapter.originals[name]
+        stored = rounded(parameter.detach(), dtype or original.dtype, name)
+        lost[name] = _lost(stored, parameter.detach(), original.detach().float())
+        _put(model, name, nn.Parameter(stored, requires_grad=False))
+    _tie_again(model, adapter.plan.ends)
     return lost
+
+
+def _tie_again(model: nn.Module, ends: Ends) -> None:
+    """Ends that were one tensor are one again, unless they have become different."""
+    if not ends.tied:
+        return
+    embeddings, head = _get(model, f"{ends.embeddings}.weight"), _get(model, f"{ends.head}.weight")
+    if torch.equal(embeddings, head):
+        _put(model, f"{ends.head}.weight", embeddings)
+
+
+def rounded(W: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Cast once.
+
+    Raises:
+        UserError: a number is too large for the type; `name` says whose.
+    """
+    stored = W.to(dtype)
+    if not torch.isfinite(stored).all():
+        what = f"the merged weight is not finite in {str(dtype).removeprefix('torch.')}"
+        fix = "bfloat16 and float32 hold larger numbers" if dtype == torch.float16 else ""
+        raise UserError(what, where=name, fix=fix, code=ExitCode.VERIFICATION)
+    return stored
+
+
+def _lost(stored: Tensor, W: Tensor, W0: Tensor) -> float:
+    change = torch.linalg.norm(W - W0).item()
+    return torch.linalg.norm(stored.float() - W).item() / change if change else 0.0
 
 
 def _wrap(model: nn.Module, spec: LayerSpec, plan: Plan, seed: int, name: str) -> Delta:
@@ -183,11 +222,11 @@ def _new_rows(model: nn.Module, plan: Plan, name: str) -> dict[str, Rows]:
     return made
 
 
-def _copies(originals: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Trainable float32 copies; parameters that are one tensor stay one tensor."""
-    made: dict[int, nn.Parameter] = {}
+def _copies(originals: dict[str, nn.Parameter], tied: bool) -> dict[str, nn.Parameter]:
+    """Trainable float32 copies; tied parameters stay one tensor, unless the plan takes them apart."""
+    made: dict[int | str, nn.Parameter] = {}
     return {
-        name: made.setdefault(id(p), nn.Parameter(p.detach().float().clone()))
+        name: made.setdefault(id(p) if tied else name, nn.Parameter(p.detach().float().clone()))
         for name, p in originals.items()
     }
 

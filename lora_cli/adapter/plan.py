@@ -167,7 +167,8 @@ def _in_layers(layers: tuple[int, ...] | None, names: list[str]) -> list[str]:
     return [name for name in names if _block(name) in chosen]
 
 
-def _first_match(patterns: dict[str, int] | dict[str, float], name: str) -> int | float | None:
+def first_match(patterns: dict[str, int] | dict[str, float], name: str) -> int | float | None:
+    """The value of the first pattern that matches the end of a module's name, which is PEFT's rule too."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -183,8 +184,8 @@ def _check_patterns(adapter: AdapterRecipe, names: list[str]) -> None:
 
 
 def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Method) -> LayerSpec:
-    r = int(_first_match(adapter.rank_pattern, name) or adapter.r)
-    alpha = float(_first_match(adapter.alpha_pattern, name) or adapter.alpha)
+    r = int(first_match(adapter.rank_pattern, name) or adapter.r)
+    alpha = float(first_match(adapter.alpha_pattern, name) or adapter.alpha)
     if adapter.lora_bias and base.bias is None:
         fix = "leave it out: without a bias in the layer it could never be merged"
         raise UserError(f"{name} has no bias", where="adapter.lora_bias", fix=fix)

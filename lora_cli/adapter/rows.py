@@ -31,7 +31,8 @@ class Rows(Delta):
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Overwrite what the new tokens look up, or how they score."""
         if not self.base.reads_ids:
-            return y.index_copy(-1, self.ids, F.linear(x, self.values.to(x.dtype)).to(y.dtype))
+            bias = None if self.base.bias is None else self.base.bias[self.ids]
+            return y.index_copy(-1, self.ids, F.linear(x, self.values.to(x.dtype), bias).to(y.dtype))
         slot = self.slots[x]
         found = self.base.project(slot.clamp(min=0), self.values.t()).to(y.dtype)
         return torch.where((slot >= 0)[..., None], found, y)

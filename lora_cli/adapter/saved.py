@@ -1,0 +1,115 @@
+"""An adapter folder, ours or PEFT's, read from disk: safetensors and JSON only, everything foreign checked."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_cli.adapter import peft_format
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.recipe.schema import Part, Section
+
+WEIGHTS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "lora.json"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Ours(Section):
+    """lora.json; an adapter that PEFT wrote has none, and these defaults."""
+
+    lora_version: str = ""
+    method: str = "lora"
+    parts: dict[str, Part] = Field(default={})
+    add_tokens: tuple[str, ...] = ()
+    base_fingerprint: str | None = None
+    layers: tuple[str, ...] = ()
+    """The adapted layers, where the names of the tensors do not tell."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter on disk."""
+
+    folder: Path
+    config: peft_format.Config
+    ours: Ours
+    tensors: dict[str, Tensor]
+
+    @property
+    def base(self) -> str | None:
+        """The base's folder or Hub id."""
+        return self.config.base_model_name_or_path
+
+    def mismatch(self, what: str) -> UserError:
+        """The error that the adapter does not go with a model."""
+        what = f"does not fit this model: {what}"
+        fix = f"it was made for {self.base}" if self.base else ""
+        return UserError(what, where=str(self.folder), fix=fix, code=ExitCode.MODEL)
+
+
+def read(folder: Path) -> Saved:
+    """Read an adapter folder that this tool or PEFT wrote.
+
+    Raises:
+        UserError: it is not one, is damaged, or needs something that is not computed here.
+    """
+    config = _json(folder / CONFIG, peft_format.Config)
+    ours = _json(folder / OURS, Ours) if (folder / OURS).exists() else Ours()
+    _refuse_unknown(config, str(folder / CONFIG))
+    return Saved(folder, config, ours, _tensors(folder / WEIGHTS))
+
+
+def _json(path: Path, kind: type[Model]) -> Model:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        fix = f"an adapter folder holds {CONFIG} and {WEIGHTS}"
+        raise UserError("there is no such file", where=str(path), fix=fix, code=ExitCode.MODEL) from error
+    except OSError as error:
+        raise UserError(f"cannot be read: {error}", where=str(path), code=ExitCode.MODEL) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{step}: " for step in first["loc"])
+        what = f"is not what an adapter has there: {key}{first['msg']}"
+        raise UserError(what, where=str(path), code=ExitCode.MODEL) from error
+
+
+def _refuse_unknown(config: peft_format.Config, where: str) -> None:
+    known = (peft_format.LORA, peft_format.OURS)
+    if config.peft_type not in known:
+        what, fix = f"peft_type '{config.peft_type}' is not known", f"known: {', '.join(known)}"
+        raise UserError(what, where=where, fix=fix, code=ExitCode.MODEL)
+    if unknown := config.unknown():
+        what = f"uses {', '.join(unknown)}, which is not computed here"
+        raise UserError(what, where=where, code=ExitCode.MODEL)
+    if config.init_lora_weights not in peft_format.HARMLESS_STARTS:
+        what = f"was started with '{config.init_lora_weights}', which changes the base"
+        fix = (
+            "save it from PEFT with path_initial_model_for_weight_conversion; then it fits the original base"
+        )
+        raise UserError(what, where=where, fix=fix, code=ExitCode.MODEL)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickled = path.with_name("adapter_model.bin").exists()
+        fix = "save it again as safetensors; pickles are never opened" if pickled else ""
+        raise UserError("there is no such file", where=str(path), fix=fix, code=ExitCode.MODEL)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"is damaged: {error}", where=str(path), code=ExitCode.MODEL) from error
+    if not tensors:
+        raise UserError("holds no tensors", where=str(path), code=ExitCode.MODEL)
+    return {key: tensor for key, tensor in tensors.items() if not _is_leftover(key, tensors)}
+
+
+def _is_leftover(key: str, tensors: dict[str, Tensor]) -> bool:
+    """PEFT with `bias: all` writes the biases of modules trained in full three times; the plain name is right."""
+    plain = re.sub(r"\.(modules_to_save|original_module)\.bias$", ".bias", key)
+    return plain != key and plain in tensors

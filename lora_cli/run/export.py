@@ -1,0 +1,114 @@
+"""`lora export`: an adapter in a format that other tools read, proven to compute the same."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_cli import io_ops, parts
+from lora_cli.adapter import files, peft_format
+from lora_cli.adapter.delta import LowRank
+from lora_cli.adapter.inject import Adapter, inject
+from lora_cli.adapter.plan import LayerSpec
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.model import LanguageModel
+from lora_cli.presets import Method
+from lora_cli.run import probe
+from lora_cli.run.open import adapter_in, open_model, refuse_inside
+from lora_cli.screen import Screen
+
+TOLERANCE = 1e-5
+"""Largest ‖exported − live‖ / ‖live‖ of logits, computed in float32."""
+
+
+def export(path: Path, format: str, output: Path, screen: Screen, base: str | None = None) -> dict[str, Any]:
+    """Write the adapter in `path` to the folder `output` in PEFT's format, read it back, and compare.
+
+    Args:
+        path: adapter folder or run folder.
+        format: `peft`.
+        output: folder to make.
+        screen: where the result is shown.
+        base: use this model instead of the one the adapter names.
+
+    Raises:
+        UserError: there is no adapter, PEFT has nothing that computes the same, or what was written does not.
+    """
+    if format != "peft":
+        fix = parts.did_you_mean(format, ["peft"])
+        raise UserError(f"unknown format '{format}'", where="--format", fix=fix)
+    folder = adapter_in(path)
+    refuse_inside(output, folder)
+    with io_ops.new_folder(output) as made:
+        opened = open_model([folder], base=base)
+        (adapter,), (saved,) = opened.adapters.values(), opened.saved.values()
+        rows = probe.rows_for(opened.language, opened.recipe)
+        live = probe.logits(opened.language.model, rows)
+        adapter.deactivate()
+        plain = adapter if peft_format.is_peft(adapter.plan) else as_low_rank(adapter)
+        files.save(made, plain, base or str(saved.base), saved.config.revision, saved.ours.add_tokens)
+        plain.deactivate()
+        _carry_along(folder, made, opened.language)
+        error = probe.distance(_reload(made, opened.language, rows), live)
+        if not error <= TOLERANCE:
+            what = f"its logits are {error:.1e} away from the adapter's, more than {TOLERANCE:.0e}"
+            raise UserError(what, where="the exported adapter", code=ExitCode.VERIFICATION)
+    screen.note(f"exported to {output}; read back, its logits differ by {error:.1e}")
+    return {"output": str(output), "format": format, "layers": len(plain.plan.layers), "logit_error": error}
+
+
+def as_low_rank(adapter: Adapter) -> Adapter:
+    """Plain LoRA that adds exactly the same, on the same model, beside the adapter; neither is active afterwards.
+
+    Raises:
+        UserError: a layer's ΔW is not a product of two thin matrices.
+    """
+    adapter.deactivate()
+    method, combine = adapter.plan.method.name, adapter.plan.method.combine.name
+    factors = {name: delta.factors() for name, delta in adapter.deltas.items()}
+    exact = {name: each for name, each in factors.items() if each is not None}
+    if combine != "add" or len(exact) < len(factors):
+        where = next((name for name in factors if name not in exact), f"combine: {combine}")
+        what = f"{method} is no low-rank matrix added to the weight, and PEFT's LoRA is nothing else"
+        raise UserError(what, where=where, fix="merge it instead: lora merge", code=ExitCode.MODEL)
+    layers = tuple(_thin(spec, exact[spec.name][1].shape[0]) for spec in adapter.plan.layers)
+    plan = replace(adapter.plan, method=Method(name="lora"), layers=layers)
+    plain = inject(adapter.model, plan, name="exported")
+    with torch.no_grad():
+        for name, (B, A) in exact.items():
+            delta, shift = plain.deltas[name], adapter.deltas[name].shift()
+            assert isinstance(delta, LowRank), "which is what the method lora is made of"
+            delta.A.copy_(A)
+            delta.B.copy_(B)
+            if delta.bias is not None and shift is not None:
+                delta.bias.copy_(shift)
+        for end, rows in adapter.rows.items():
+            plain.rows[end].values.copy_(rows.values)
+        for name, parameter in adapter.also.items():
+            plain.also[name].copy_(parameter)
+    plain.deactivate()
+    return plain
+
+
+def _thin(spec: LayerSpec, r: int) -> LayerSpec:
+    """The scale is in the factors."""
+    return replace(spec, r=r, alpha=float(r), scale=1.0)
+
+
+def _carry_along(folder: Path, made: Path, language: LanguageModel) -> None:
+    """Card and recipe, and the tokenizer where it has tokens of its own."""
+    for name in ("README.md", "recipe.yaml"):
+        if (folder / name).is_file():
+            io_ops.write_bytes(made / name, (folder / name).read_bytes())
+    if language.new_rows:
+        language.tokenizer.save_pretrained(made)
+
+
+def _reload(made: Path, language: LanguageModel, rows: list[Tensor]) -> Tensor:
+    """Logits with the adapter on disk; no other one is active."""
+    saved = files.read(made)
+    again = inject(language.model, files.plan_of(saved, language.model, language.ends), name="read_back")
+    files.fill(again, saved)
+    return probe.logits(language.model, rows)
