@@ -39,6 +39,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "both ends in full, tied": ("llama", {"train_also": ("embeddings", "head"), **TIED}),
     "both ends in full, untied": ("llama", {"train_also": ("embeddings", "head"), "untie": True, **TIED}),
     "a block in full": ("llama", {"train_also": ("layers.1.mlp",), "target_modules": ("q_proj",)}),
+    "a module of modules in full": (
+        "mamba",
+        {"train_also": ("layers.0.mixer",), "target_modules": ("layers.1.mixer.in_proj",)},
+    ),
     "new rows": ("llama", {"new_rows": (7, 200)}),
     "new rows, tied": ("gpt2", {"new_rows": (7, 200, 3)}),
     "new rows, tied, scaled": ("gemma3_text", {"new_rows": (7, 200)}),

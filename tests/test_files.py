@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from lora_cli import parts
-from lora_cli.adapter import files, inject
+from lora_cli.adapter import files, inject, peft_format
 from lora_cli.adapter.delta import Delta
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.run.export import export
@@ -72,6 +72,18 @@ def plain_data(value: object, ignored: dict[str, int]) -> object:
     if not ignored:
         return set(value) if isinstance(value, tuple) else value
     return [{**vars(each), **ignored} for each in value]
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES.values(), ids=CASES)
+def test_every_tensor_has_a_name_of_its_own_in_memory_and_on_disk(kind, settings):
+    model, adapter = adapted(kind, **settings)
+    parts_of_it = [*adapter.deltas.values(), *adapter.rows.values()]
+    distinct = {id(p) for part in parts_of_it for p in part.parameters()} | {
+        id(p) for p in adapter.also.values()
+    }
+    assert {id(p) for p in adapter.named_tensors().values()} == distinct
+    assert {id(p) for p in peft_format.parameters(adapter).values()} == distinct
+    assert distinct >= {id(p) for p in model.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(("kind", "settings"), CASES.values(), ids=CASES)
@@ -336,15 +348,25 @@ class Dense(Signed):
         return None
 
 
+FOREIGN = {
+    "delta": {
+        "signed": {"make": Signed, "shapes": Signed.shapes},
+        "dense": {"make": Dense, "shapes": Dense.shapes},
+    },
+    "scale": {"cube_root": {"scale": lambda alpha, r: alpha / r ** (1 / 3)}},
+}
+
+
 @pytest.fixture
 def foreign_part(monkeypatch):
-    """Registers the two as parts of the axis delta."""
+    """Registers parts that no file of the package is."""
     names = parts.names
-    for name, kind in (("signed", Signed), ("dense", Dense)):
-        module = ModuleType(name)
-        module.make, module.shapes = kind, kind.shapes
-        monkeypatch.setitem(sys.modules, f"lora_cli.methods.delta.{name}", module)
-    monkeypatch.setattr(parts, "names", lambda axis: names(axis) + ("signed", "dense") * (axis == "delta"))
+    for axis, found in FOREIGN.items():
+        for name, exported in found.items():
+            module = ModuleType(name)
+            vars(module).update(exported)
+            monkeypatch.setitem(sys.modules, f"lora_cli.methods.{axis}.{name}", module)
+    monkeypatch.setattr(parts, "names", lambda axis: (*names(axis), *FOREIGN.get(axis, ())))
     monkeypatch.setattr(parts.load("init", "kaiming"), "init", lambda delta, generator: None)
 
 
@@ -359,6 +381,17 @@ def test_a_method_that_peft_does_not_have_writes_its_own_type_and_comes_back(tmp
     tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.g")
     save_file(tensors, tmp_path / "a" / WEIGHTS)
     assert "missing tensors: 1" in str(refusal(tmp_path / "a"))
+
+
+@pytest.mark.usefixtures("foreign_part")
+def test_a_rule_for_the_scale_that_peft_does_not_have_is_written_as_an_alpha(tmp_path):
+    model, adapter = saved(tmp_path / "a", scale="cube_root", rank_pattern={"q_proj": 2})
+    config = json.loads((tmp_path / "a" / files.CONFIG).read_text())
+    assert {spec.scale for spec in adapter.plan.layers} == {8 / 4 ** (1 / 3), 8 / 2 ** (1 / 3)}
+    assert config["lora_alpha"] / config["r"] == pytest.approx(8 / 4 ** (1 / 3))
+    again, x = tiny.model("llama"), ids()
+    put_on(again, tmp_path / "a")
+    torch.testing.assert_close(again(x).logits, model(x).logits)
 
 
 @pytest.mark.usefixtures("foreign_part")

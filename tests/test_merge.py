@@ -29,14 +29,6 @@ from tests.adapters import CASES, adapted, base, ids
 SCREEN = Screen()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections():
-    """Merging collects garbage; what the imports left behind need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def on_disk(folder: Path, kind: str = "llama", dtype: str = "float32", **settings: Any):
     """A base, an adapter of it, and the two folders; the live pair computes from the base as it is stored."""
     plain = base(kind, settings).to(models.DTYPES[dtype])
@@ -112,6 +104,15 @@ def test_new_rows_of_a_head_with_a_bias_keep_it():
     torch.testing.assert_close(model(x).logits, live)
 
 
+def test_an_adapter_that_is_not_active_is_merged_all_the_same():
+    model, adapter = adapted("gpt2", train_also=("norms",))
+    x = ids()
+    live = model(x).logits
+    adapter.deactivate()
+    inject.merge(model, adapter)
+    torch.testing.assert_close(model(x).logits, live, rtol=1e-4, atol=1e-5)
+
+
 def test_without_a_dtype_the_merged_model_is_stored_as_the_base_is(tmp_path):
     on_disk(tmp_path, dtype="bfloat16")
     assert merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN)["dtype"] == "bfloat16"
@@ -173,6 +174,9 @@ def test_added_tokens_template_and_generation_settings_come_along(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     x = torch.tensor([tokenizer("a<|answer|>b<|think|>c")["input_ids"]])
     assert {261, 262} <= set(x[0].tolist())
+    assert any(row.tolist() == [[261, 262]] for row in probe.rows_for(language, None)), (
+        "they are compared too"
+    )
     merged = reloaded(tmp_path / "merged")
     assert merged.config.vocab_size == 263
     assert probe.distance(merged(x).logits, model(x).logits) <= 1e-5
@@ -181,6 +185,25 @@ def test_added_tokens_template_and_generation_settings_come_along(tmp_path):
     carried = GenerationConfig.from_pretrained(tmp_path / "merged")
     assert (carried.temperature, carried.top_p, carried.max_new_tokens) == (0.3, 0.9, 7)
     assert carried.eos_token_id == [2, 4]
+
+    export_story.export(tmp_path / "adapter", "peft", tmp_path / "exported", SCREEN)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.convert_tokens_to_ids(list(tokens)) == [261, 262]
+
+
+def test_the_template_that_the_adapter_learned_comes_along(tmp_path, capsys):
+    on_disk(tmp_path)
+    learned = tmp_path / "learned.jinja"
+    learned.write_text("{{ messages[0]['content'] }}?")
+    (tmp_path / "adapter" / "recipe.yaml").write_text(
+        f"model: {{name: {tmp_path / 'base'}}}\ndata: {{train: gone.jsonl, chat_template: {learned}}}\n"
+    )
+    merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == learned.read_text()
+    learned.unlink()
+    merge(tmp_path / "adapter", tmp_path / "without", None, SCREEN)
+    assert "the merged model has its base's" in capsys.readouterr().err.replace("\n", " ")
+    assert AutoTokenizer.from_pretrained(tmp_path / "without").chat_template == tiny.CHATML
 
 
 def _with_new_rows(language: models.LanguageModel):
@@ -209,14 +232,17 @@ def test_one_model_at_a_time_is_in_memory(tmp_path, monkeypatch):
     loaded, load = [], models.load
 
     def watched(*arguments: Any) -> models.LanguageModel:
-        gc.collect()
         assert all(each() is None for each in loaded), "another model is still in memory"
         language = load(*arguments)
         loaded.append(weakref.ref(language.model))
         return language
 
     monkeypatch.setattr(models, "load", watched)
-    merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN)
+    gc.disable()
+    try:
+        merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN)
+    finally:
+        gc.enable()
     assert len(loaded) == 2
 
 
@@ -280,6 +306,16 @@ def test_an_adapter_of_a_base_that_is_gone_says_which(tmp_path):
     (tmp_path / "base").rename(tmp_path / "moved")
     assert str(tmp_path / "base") in str(refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.MODEL))
     merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN, base=str(tmp_path / "moved"))
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_an_adapter_that_does_not_name_its_base_needs_to_be_told(tmp_path, name):
+    on_disk(tmp_path)
+    path = tmp_path / "adapter" / files.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    error = refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.MODEL)
+    assert "--base" in error.fix
+    merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN, base=str(tmp_path / "base"))
 
 
 def test_what_no_weight_can_stand_for_is_refused_with_the_reason(tmp_path, monkeypatch):
@@ -367,6 +403,18 @@ def test_an_exported_adapter_is_the_adapter(tmp_path, name):
     assert report["logit_error"] <= 1e-5
     for name in ("adapter_model.safetensors", "adapter_config.json", "lora.json", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes(), name
+
+
+def test_an_export_that_computes_something_else_is_not_done(tmp_path, monkeypatch):
+    on_disk(tmp_path)
+    right = files.peft_tensors
+    monkeypatch.setattr(
+        files, "peft_tensors", lambda adapter: {key: t * 1.01 for key, t in right(adapter).items()}
+    )
+    with pytest.raises(UserError, match="away from the adapter's") as error:
+        export_story.export(tmp_path / "adapter", "peft", tmp_path / "out", SCREEN)
+    assert error.value.code == ExitCode.VERIFICATION
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_an_export_that_cannot_be_is_refused(tmp_path):

@@ -1,12 +1,12 @@
 """PEFT as an independent oracle: each reads what the other writes, and both learn the same."""
 
-import gc
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -37,14 +37,6 @@ ABOUT_ITSELF = (
     "PiSSA changes the base weights",
 )
 """What PEFT warns of with its own adapters too; every other warning fails a test."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections():
-    """Merging collects garbage; what the imports left behind need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +241,10 @@ def test_we_compute_what_peft_computes_from_its_files(tmp_path, kind, config, se
     expected = made(x).logits
     assert probe.distance(model(x).logits, expected) <= 1e-5
     assert probe.distance(plain, expected) > 1e-3
+    in_full = "bias" in config or "modules_to_save" in config
+    assert bool(adapter.also) == in_full, (
+        "the base's own weights, which PEFT saves too, are not taken for trained ones"
+    )
     with inject.without_adapters(adapter):
         assert torch.equal(model(x).logits, plain)
 
@@ -276,6 +272,33 @@ def test_an_adapter_of_peft_is_merged_and_exported_like_one_of_ours(tmp_path, ki
     merge(tmp_path / "adapter", tmp_path / "merged", None, **where)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert probe.distance(merged(x).logits, expected) <= 1e-5
+
+
+def test_base_weights_beside_an_adapted_embedding_count_only_where_they_differ_from_the_base(tmp_path):
+    narrow = base("llama", {}).to(torch.bfloat16)
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    peft.get_peft_model(narrow, config).save_pretrained(tmp_path / "narrow", save_embedding_layers=True)
+    assert not put_on(base("llama", {}), tmp_path / "narrow").also
+
+    theirs(tmp_path / "adapter", "llama", {"target_modules": ["embed_tokens", "q_proj"]}, {})
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"] += 0.1
+    save_file(tensors, path)
+    x, wrapped = ids(), peft.PeftModel.from_pretrained(base("llama", {}), tmp_path / "adapter")
+    base("llama", {}).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    where = {"screen": Screen(), "base": str(tmp_path / "base")}
+    export(tmp_path / "adapter", "peft", tmp_path / "exported", **where)
+    merge(tmp_path / "adapter", tmp_path / "merged", None, **where)
+    (tmp_path / "again").mkdir()
+    files.save(tmp_path / "again", put_on(base("llama", {}), tmp_path / "adapter"), "the/base", None)
+    for folder in ("adapter", "exported", "again"):
+        model = base("llama", {})
+        put_on(model, tmp_path / folder)
+        assert probe.distance(model(x).logits, wrapped(x).logits) <= 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert probe.distance(merged(x).logits, wrapped(x).logits) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

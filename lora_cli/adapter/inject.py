@@ -55,7 +55,8 @@ class Adapter:
         named |= {
             f"{layer}.{key}": p for layer, rows in self.rows.items() for key, p in rows.named_parameters()
         }
-        named |= self.also
+        # A layer's bias that is trained in full is another tensor than the bias of its delta.
+        named |= {f"also.{name}": p for name, p in self.also.items()}
         seen: dict[int, str] = {}
         return {name: p for name, p in named.items() if seen.setdefault(id(p), name) == name}
 

@@ -41,8 +41,8 @@ class Saved:
 
     @property
     def base(self) -> str | None:
-        """The base's folder or Hub id."""
-        return self.config.base_model_name_or_path
+        """The base's folder or Hub id; PEFT writes an empty one for a model that was made in memory."""
+        return self.config.base_model_name_or_path or None
 
     def mismatch(self, what: str) -> UserError:
         """The error that the adapter does not go with a model."""

@@ -1,6 +1,5 @@
 """`lora merge`: a plain model with the adapter in its weights, proven to compute the same. Read `merge` first."""
 
-import gc
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from lora_cli import io_ops
 from lora_cli import model as models
 from lora_cli.adapter import files, inject
 from lora_cli.adapter.inject import Adapter, without_adapters
+from lora_cli.data import template
 from lora_cli.data.tokens import encode
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES, LanguageModel
 from lora_cli.recipe.schema import ModelRecipe
 from lora_cli.run import probe
-from lora_cli.run.open import adapter_in, open_model, refuse_inside
+from lora_cli.run.open import Opened, adapter_in, open_model, refuse_inside
 from lora_cli.screen import Screen
 
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
@@ -70,9 +70,11 @@ def merge(
     folder = adapter_in(path)
     source = _source(folder, base)
     refuse_inside(output, folder, Path(source.name))
+    # Some models round constants of theirs to the type they are loaded in, so float32 starts from float32.
+    loaded_as = dtype if dtype == "float32" else source.dtype
     with io_ops.new_folder(output) as made:
-        expected, lost = _write(made, folder, source, dtype, base)
-        gc.collect()
+        # No variable holds what is opened: it is gone before `_verify` reads the new model.
+        expected, lost = _write(open_model([folder], base=base, dtype=loaded_as), made, dtype, screen)
         report = {"output": str(output), **_verify(made, expected)}
     report |= {"median_layer_loss": median(lost.values()), "layer_losses": lost}
     _show(report, screen)
@@ -92,14 +94,13 @@ def _source(folder: Path, base: str | None) -> ModelRecipe:
 
 
 def _write(
-    made: Path, folder: Path, source: ModelRecipe, dtype: str | None, base: str | None
+    opened: Opened, made: Path, dtype: str | None, screen: Screen
 ) -> tuple[Expected, dict[str, float]]:
     """Merge and save; nothing of the model lives on but what it computed."""
-    # Some models round constants of theirs to the type they are loaded in, so float32 starts from float32.
-    opened = open_model([folder], base=base, dtype=dtype if dtype == "float32" else source.dtype)
     (adapter,) = opened.adapters.values()
     language, model = opened.language, opened.language.model
     _refuse_unmergeable(adapter)
+    _use_template(opened, screen)
     rows = probe.rows_for(language, opened.recipe)
     live = probe.logits(model, rows)
     with without_adapters(adapter):
@@ -120,6 +121,16 @@ def _refuse_unmergeable(adapter: Adapter) -> None:
             reason = "it adds a bias, and the layer has none that could take it (lora_bias)"
         if reason is not None:
             raise UserError(f"cannot be merged: {reason}", where=name, code=ExitCode.MODEL)
+
+
+def _use_template(opened: Opened, screen: Screen) -> None:
+    """The merged model speaks in the template that the adapter learned."""
+    if opened.recipe is None:
+        return
+    try:
+        template.use(opened.language.tokenizer, opened.recipe.data.chat_template)
+    except UserError as error:
+        screen.warn(f"{error.what}; the merged model has its base's")
 
 
 def _cast(language: LanguageModel, dtype: str | None) -> None:

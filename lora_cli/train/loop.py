@@ -253,7 +253,10 @@ def _watch(run: Training, rate: float) -> None:
 def _check_connected(run: Training, steps: int) -> None:
     """Complain when nothing was learned in `steps` steps, or some tensor had no gradient in the watched ones."""
     if run.skipped and run.skipped == run.step:
-        what, fix = "every step overflowed in float16", "train longer, or set train.precision: bfloat16 or float32"
+        what, fix = (
+            "every step overflowed in float16",
+            "train longer, or set train.precision: bfloat16 or float32",
+        )
         raise UserError(what, where="train.precision", fix=fix, code=ExitCode.LEARNED_NOTHING)
     dead = [name for name, ok in zip(run.adapter.trainable(), run.connected.tolist(), strict=True) if not ok]
     everything = len(dead) == len(run.connected)
