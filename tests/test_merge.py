@@ -173,7 +173,9 @@ def test_added_tokens_template_and_generation_settings_come_along(tmp_path):
     tokens = ("<|think|>", "<|answer|>")
     base("gpt2", {}).save_pretrained(tmp_path / "base")
     tiny.tokenizer(chat_template="{{ messages[0]['content'] }}!").save_pretrained(tmp_path / "base")
-    settings = GenerationConfig(temperature=0.3, top_p=0.9, max_new_tokens=7, eos_token_id=[2, 4])
+    settings = GenerationConfig(
+        do_sample=True, temperature=0.3, top_p=0.9, max_new_tokens=7, eos_token_id=[2, 4]
+    )
     (tmp_path / "base" / "generation_config.json").write_text(settings.to_json_string(use_diff=False))
     recipe = ModelRecipe(name=str(tmp_path / "base"), dtype="float32", add_tokens=tokens)
     language = models.load(recipe)

@@ -151,6 +151,9 @@ def _save(language: LanguageModel, made: Path) -> None:
     except (OSError, SafetensorError) as error:
         fix = "see that the disk has room for the model"
         raise UserError(f"cannot write ({error})", where=str(made), fix=fix, code=ExitCode.DISK) from error
+    except ValueError as error:  # transformers' own check of the settings that come with the base
+        fix = "mend generation_config.json in the folder of the base"
+        raise UserError(f"cannot save: {error}", where="the base", fix=fix, code=ExitCode.MODEL) from error
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
