@@ -79,6 +79,8 @@ def _recipe(path: Path, recipe_path: Path | None, overrides: Sequence[str]) -> R
     folder = adapter_folder(path)
     stored = folder and folder / "recipe.yaml"
     if recipe_path is None and (stored is None or not stored.is_file()):
+        if not path.exists():
+            raise UserError("there is no such folder", where=str(path), code=ExitCode.MODEL)
         what = "nothing here says what to measure, on which rows"
         raise UserError(what, where=str(path), fix="give a recipe with --recipe")
     return load(recipe_path or Path(str(stored)), overrides).recipe
