@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Recipe
+from lora_cli.run.open import open_model, trained_with
 from lora_cli.run.train import Story, train
 from lora_cli.screen import Screen
 from lora_cli.train import checkpoint, loop
+from tests import tiny
 
 STATED = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "micro_batch_size": 3, "save_steps": 2}
 
@@ -367,3 +369,23 @@ def test_trackers_get_the_losses(recipe):
     events.Reload()
     losses = [event.value for event in events.Scalars("loss")]
     assert losses == pytest.approx([line["loss"] for line in log_of(asked) if "loss" in line], rel=1e-6)
+
+
+def test_the_chat_template_of_a_file_is_kept_beside_the_adapter(recipe, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{# mine #}" + tiny.CHATML)
+    folder = train(recipe(data={"chat_template": str(template)}, train={**STATED, "epochs": 1}), Screen())
+    learned = template.read_text()
+    template.unlink()
+    kept = trained_with(folder)
+    assert kept is not None
+    assert Path(kept.data.chat_template).read_text() == learned
+    assert trained_with(folder, ["data.chat_template=none"]).data.chat_template == "none"
+
+
+def test_an_adapter_trained_with_flash_attention_opens_on_a_cpu(recipe):
+    folder = train(recipe(train={**STATED, "epochs": 1}), Screen())
+    written = (folder / "recipe.yaml").read_text()
+    assert "attention: auto" in written
+    (folder / "recipe.yaml").write_text(written.replace("attention: auto", "attention: flash_attention_2"))
+    assert open_model([folder]).recipe.model.attention == "flash_attention_2"

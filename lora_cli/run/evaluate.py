@@ -19,7 +19,7 @@ from lora_cli.evaluate.measure import HeldOut, Measured
 from lora_cli.recipe.load import load
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import prepare
-from lora_cli.run.open import Opened, adapter_folder, best_device, open_model
+from lora_cli.run.open import Opened, adapter_folder, best_device, open_model, trained_with
 from lora_cli.screen import Screen
 from lora_cli.train.loop import token_budget
 
@@ -76,14 +76,16 @@ def evaluate(
 
 def _recipe(path: Path, recipe_path: Path | None, overrides: Sequence[str]) -> Recipe:
     """The recipe that says what to measure."""
+    if recipe_path is not None:
+        return load(recipe_path, overrides).recipe
     folder = adapter_folder(path)
-    stored = folder and folder / "recipe.yaml"
-    if recipe_path is None and (stored is None or not stored.is_file()):
-        if not path.exists():
-            raise UserError("there is no such folder", where=str(path), code=ExitCode.MODEL)
-        what = "nothing here says what to measure, on which rows"
-        raise UserError(what, where=str(path), fix="give a recipe with --recipe")
-    return load(recipe_path or Path(str(stored)), overrides).recipe
+    trained = folder and trained_with(folder, overrides)
+    if trained:
+        return trained
+    if not path.exists():
+        raise UserError("there is no such folder", where=str(path), code=ExitCode.MODEL)
+    what = "nothing here says what to measure, on which rows"
+    raise UserError(what, where=str(path), fix="give a recipe with --recipe")
 
 
 def _held_out(recipe: Recipe, opened: Opened, cache: Path) -> HeldOut:

@@ -16,7 +16,7 @@ from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import LanguageModel
 from lora_cli.presets import Method
 from lora_cli.run import probe
-from lora_cli.run.open import adapter_in, open_model, refuse_inside
+from lora_cli.run.open import RECIPE, TEMPLATE, adapter_in, open_model, refuse_inside
 from lora_cli.screen import Screen
 
 TOLERANCE = 1e-5
@@ -98,8 +98,8 @@ def _thin(spec: LayerSpec, r: int) -> LayerSpec:
 
 
 def _carry_along(folder: Path, made: Path, language: LanguageModel) -> None:
-    """Card and recipe, and the tokenizer where it has tokens of its own."""
-    for name in ("README.md", "recipe.yaml"):
+    """Card, recipe and chat template, and the tokenizer where it has tokens of its own."""
+    for name in ("README.md", RECIPE, TEMPLATE):
         if (folder / name).is_file():
             io_ops.write_bytes(made / name, (folder / name).read_bytes())
     if language.new_rows:

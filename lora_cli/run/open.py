@@ -1,6 +1,7 @@
 """A path on the command line -> a model in memory, with its adapters. Shared by the commands after training."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.load import load
 from lora_cli.recipe.schema import ModelRecipe, Recipe
+
+RECIPE, TEMPLATE = "recipe.yaml", "chat_template.jinja"
+"""In an adapter folder: what it was trained with, and the chat template where the recipe names a file."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def open_model(
         return Opened(models.load(recipe, device), {}, {}, None)
     saved = {name: files.read(folder) for name, folder in _named(adapters).items()}
     trained = trained_with(adapters[0])
-    language = models.load(_base_of(saved, trained, base, dtype), device)
+    language = models.load(_attending(_base_of(saved, trained, base, dtype), device), device)
     opened = Opened(language, {}, saved, trained)
     for name, each in saved.items():
         opened.adapters[name] = _put_on(language, each, name)
@@ -132,10 +136,13 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
     return named
 
 
-def trained_with(folder: Path) -> Recipe | None:
-    """The recipe in an adapter folder; PEFT writes none."""
-    recipe = folder / "recipe.yaml"
-    return load(recipe).recipe if recipe.is_file() else None
+def trained_with(folder: Path, overrides: Sequence[str] = ()) -> Recipe | None:
+    """The recipe in an adapter folder, with the chat template that was kept beside it; PEFT writes none."""
+    recipe, template = folder / RECIPE, folder / TEMPLATE
+    if not recipe.is_file():
+        return None
+    kept = [f"data.chat_template={json.dumps(str(template))}"] if template.is_file() else []
+    return load(recipe, [*kept, *overrides]).recipe
 
 
 def _base_of(
@@ -158,6 +165,13 @@ def _base_of(
     (tokens,) = added
     kept = {"dtype": dtype or known.dtype, "add_tokens": tokens}
     return known.model_copy(update={"name": name, "revision": revision, **kept})
+
+
+def _attending(recipe: ModelRecipe, device: torch.device | None) -> ModelRecipe:
+    """Trained with flash attention on a GPU, used on a CPU: another implementation computes the same."""
+    on_gpu = device is not None and device.type == "cuda"
+    flash = recipe.attention == "flash_attention_2"
+    return recipe.model_copy(update={"attention": "auto"}) if flash and not on_gpu else recipe
 
 
 def _only_one(paths: Sequence[Path]) -> None:

@@ -15,6 +15,7 @@ from lora_cli.recipe.dump import to_yaml
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run.card import card
 from lora_cli.run.folder import RunFolder
+from lora_cli.run.open import RECIPE, TEMPLATE
 from lora_cli.screen import Screen
 from lora_cli.train.loop import Training
 
@@ -27,7 +28,9 @@ def adapter(folder: RunFolder, run: Training, recipe: Recipe, language: Language
     """
     with io_ops.new_folder(folder.adapter) as made:
         files.save(made, run.adapter, recipe.model.name, recipe.model.revision, recipe.model.add_tokens)
-        io_ops.write_text(made / "recipe.yaml", to_yaml(recipe))
+        io_ops.write_text(made / RECIPE, to_yaml(recipe))
+        if recipe.data.chat_template not in ("auto", "none"):
+            io_ops.write_text(made / TEMPLATE, language.tokenizer.chat_template)
         io_ops.write_text(made / "README.md", card(recipe, run, folder.lines()))
         if recipe.model.add_tokens:
             language.tokenizer.save_pretrained(made)
