@@ -1,5 +1,7 @@
 """Recipe.model -> the model and its tokenizer. Everything about transformers' models that others need to know."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,27 @@ def dtype_on_disk(recipe: ModelRecipe) -> str:
     """How the model's files store it; float32, which holds every other type, where the config does not say."""
     dtype = str(getattr(_config(recipe), "dtype", None)).removeprefix("torch.")
     return dtype if dtype in DTYPES else "float32"
+
+
+def stored_as(model: nn.Module) -> torch.dtype:
+    """How most of a model is stored: the smallest of its types; what trains in full is float32 whatever the rest is."""
+    kinds = {p.dtype for p in _plain(model) if p.is_floating_point()}
+    return min(kinds, key=lambda kind: kind.itemsize)
+
+
+def computing(model: nn.Module, precision: torch.dtype | None = None) -> AbstractContextManager[Any]:
+    """Context in which a model computes in `precision`; default: in what it is stored in.
+
+    Nothing to do where every weight has that type: the deltas of adapters cast themselves.
+    """
+    precision = precision or stored_as(model)
+    if precision is torch.float32 or {p.dtype for p in _plain(model)} == {precision}:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=precision)
+
+
+def _plain(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for name, p in model.named_parameters() if ".deltas." not in name)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Recipe
+from lora_cli.run.evaluate import evaluate
 from lora_cli.run.open import open_model, trained_with
 from lora_cli.run.train import Story, train
 from lora_cli.screen import Screen
@@ -389,3 +390,15 @@ def test_an_adapter_trained_with_flash_attention_opens_on_a_cpu(recipe):
     assert "attention: auto" in written
     (folder / "recipe.yaml").write_text(written.replace("attention: auto", "attention: flash_attention_2"))
     assert open_model([folder]).recipe.model.attention == "flash_attention_2"
+
+
+@pytest.mark.parametrize("also", [("norms",), ("head",), ("embeddings", "head")])
+def test_what_trains_in_full_beside_a_16_bit_base_trains_and_is_measured(recipe, also):
+    asked = recipe(model={"dtype": "bfloat16"}, adapter={"train_also": also}, train={**STATED, "epochs": 2})
+    asked = asked.model_copy(update={"eval": asked.eval.model_copy(update={"metrics": ("loss",)})})
+    folder = train(asked, Screen())
+    logged = [line["eval_loss"] for line in log_of(asked) if "eval_loss" in line]
+    assert logged[-1] < logged[0]
+    report = evaluate(folder, None, [], Screen())
+    assert report["adapter"]["loss"] == pytest.approx(logged[-1], rel=1e-3)
+    assert report["adapter"]["loss"] < report["base"]["loss"]

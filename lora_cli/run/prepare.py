@@ -89,8 +89,9 @@ def precision_of(recipe: Recipe, model: PreTrainedModel, device: torch.device) -
     """`auto`: what the base is stored in if that is 16 bits, else bfloat16 on GPUs that have it, else float32."""
     if recipe.train.precision != "auto":
         return DTYPES[recipe.train.precision]
-    if model.dtype in (torch.bfloat16, torch.float16):
-        return model.dtype
+    stored = models.stored_as(model)
+    if stored in (torch.bfloat16, torch.float16):
+        return stored
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 

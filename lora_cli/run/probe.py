@@ -39,7 +39,7 @@ def rows_for(language: LanguageModel, recipe: Recipe | None) -> list[Tensor]:
 def logits(model: nn.Module, rows: list[Tensor]) -> Tensor:
     """Logits [positions of all rows, vocabulary], float32, on the CPU."""
     device = next(model.parameters()).device
-    with evaluating(model), InFloat32():
+    with evaluating(model), torch.autocast(device.type, enabled=False), InFloat32():
         found = [model(input_ids=row.to(device), use_cache=False).logits[0].cpu() for row in rows]
     return torch.cat(found)
 

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from lora_cli.data.cache import Examples
 from lora_cli.data.example import Batch
 from lora_cli.data.pack import epoch_order, micro_batches
 from lora_cli.errors import ExitCode, UserError
+from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
 from lora_cli.train.loss import loss_sum
@@ -83,7 +84,7 @@ class Training:
 
     def computing(self) -> AbstractContextManager[Any]:
         """Context in which the model computes in the recipe's precision."""
-        return autocast(self.precision, self.model, self.accelerator.device)
+        return computing(self.model, self.precision)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,16 +114,6 @@ def train_steps(run: Training) -> Iterator[StepReport]:
         first = within * run.train.batch_size
         yield _step(run, [int(row) for row in order[first : first + run.train.batch_size]])
     _check_connected(run, run.step)
-
-
-def autocast(
-    precision: torch.dtype, model: PreTrainedModel, device: torch.device
-) -> AbstractContextManager[Any]:
-    """Compute in `precision`. Nothing to do where every tensor already has that type."""
-    mixed = {p.dtype for p in model.parameters() if not p.requires_grad} != {precision}
-    if precision is torch.float32 or not mixed:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=precision)
 
 
 def _step(run: Training, rows: list[int]) -> StepReport:
