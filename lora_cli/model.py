@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 
+from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import ModelRecipe
@@ -107,6 +108,11 @@ def stored_as(model: nn.Module) -> torch.dtype:
     return min(kinds, key=lambda kind: kind.itemsize)
 
 
+def size_of(model: nn.Module) -> int:
+    """Numbers in the model itself, without those of adapters."""
+    return sum(p.numel() for p in {id(p): p for p in _plain(model)}.values())
+
+
 def computing(model: nn.Module, precision: torch.dtype | None = None) -> AbstractContextManager[Any]:
     """Context in which a model computes in `precision`; default: in what it is stored in.
 
@@ -118,8 +124,14 @@ def computing(model: nn.Module, precision: torch.dtype | None = None) -> Abstrac
     return torch.autocast(next(model.parameters()).device.type, dtype=precision)
 
 
-def _plain(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for name, p in model.named_parameters() if ".deltas." not in name)
+def _plain(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the model itself, without what adapters put beside them."""
+    if isinstance(module, Adapted):
+        yield from _plain(module.base_layer)
+        return
+    yield from (p for p in module.parameters(recurse=False))
+    for child in module.children():
+        yield from _plain(child)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

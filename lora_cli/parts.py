@@ -24,6 +24,8 @@ AXES = {
     "init": "the first ΔW",
     "scale": "the factor s(alpha, r) in front of ΔW",
     "trainable": "which tensors of ΔW train",
+    "rank": "how many columns B has in each layer, and when",
+    "lifecycle": "what happens between steps",
     "dropout": "what is dropped from ΔW's input while training",
     "optimizer": "how gradients become steps",
 }
@@ -66,6 +68,12 @@ def load(axis: str, name: str) -> ModuleType:
             f"unknown {axis} '{name}'", where=f"adapter.{axis}", fix=did_you_mean(name, names(axis))
         )
     return importlib.import_module(f"lora_cli.methods.{axis}.{name}")
+
+
+def settings(axis: str, part: Part) -> dict[str, Any]:
+    """A part's settings as its file's functions take them: checked, and with the defaults that the file declares."""
+    declared = getattr(load(axis, part.name), "Settings", None)
+    return {} if declared is None else dict(declared.model_validate(part.settings))
 
 
 def docstring(axis: str, name: str) -> str:

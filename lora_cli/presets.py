@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_cli import parts
 from lora_cli.errors import UserError
-from lora_cli.parts import Part
+from lora_cli.parts import AXES, Part
 
 if TYPE_CHECKING:
     from lora_cli.recipe.schema import AdapterRecipe
@@ -20,7 +20,10 @@ class Preset:
     paper: str
     when: str
     """When to use it, for `lora methods NAME`."""
-    parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    parts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Axis -> `Part`; of the lifecycle a tuple."""
+    keys: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Keys of `adapter` that have another default with this method."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -36,12 +39,26 @@ PRESETS: dict[str, Preset] = {
         "steps are √r times LoRA's: lower alpha or the learning rate when you switch.",
         parts={"scale": Part(name="rslora")},
     ),
+    "lora_plus": Preset(
+        title="LoRA+: B learns 16 times as fast as A",
+        paper="arXiv:2402.12354",
+        when="When LoRA learns slowly, in wide models above all. Take a lower learning rate than LoRA's, because it is "
+        "that of A; `train.optimizer: {lora_plus: {ratio: 8}}` sets the ratio.",
+        parts={"optimizer": Part(name="lora_plus")},
+    ),
     "lora_fa": Preset(
         title="LoRA-FA: LoRA with A frozen at its random start",
         paper="arXiv:2308.03303",
         when="When activations, not weights, fill the memory: half the trainable numbers, and the inputs of the "
         "adapted layers need not be kept for the backward pass. Often wants twice the rank.",
-        parts={"trainable": Part(name="lora_fa")},
+        parts={"trainable": Part(name="lora_fa"), "optimizer": Part(name="lora_fa")},
+    ),
+    "asymmetric": Preset(
+        title="Asymmetric LoRA: A frozen at random orthonormal rows, B trained",
+        paper="arXiv:2402.16842",
+        when="As lora_fa, with a start in which no two directions overlap; at twice the r it has as many trained "
+        "numbers as LoRA, and generalises at least as well.",
+        parts={"trainable": Part(name="lora_fa"), "init": Part(name="orthogonal")},
     ),
     "init_b": Preset(
         title="LoRA started from the other side: A zero, B random",
@@ -49,12 +66,178 @@ PRESETS: dict[str, Preset] = {
         when="To compare starts. The paper recommends the default start over this one.",
         parts={"init": Part(name="zero_a")},
     ),
+    "dora": Preset(
+        title="DoRA: LoRA with a trained length for every row of W",
+        paper="arXiv:2402.09353",
+        when="When quality at a small r matters more than the time of a step. Half of LoRA's r often does; take a "
+        "learning rate slightly below LoRA's.",
+        parts={"combine": Part(name="dora")},
+    ),
+    "pissa": Preset(
+        title="PiSSA: A and B start as the principal part of W0",
+        paper="arXiv:2404.02948",
+        when="When few steps have to do: it usually learns faster than LoRA. The paper sets alpha = r.",
+        parts={"init": Part(name="pissa")},
+    ),
+    "milora": Preset(
+        title="MiLoRA: A and B start as the least part of W0",
+        paper="arXiv:2406.09044",
+        when="When what the model knows should suffer little. The paper sets alpha = r.",
+        parts={"init": Part(name="milora")},
+    ),
+    "olora": Preset(
+        title="OLoRA: A and B start as the QR decomposition of W0",
+        paper="arXiv:2406.01775",
+        when="As pissa, at the price of a QR instead of an SVD before the first step.",
+        parts={"init": Part(name="olora")},
+    ),
+    "eva": Preset(
+        title="EVA: A starts along the directions in which the inputs vary most, and ranks follow",
+        paper="arXiv:2410.07170",
+        when="With data that differs from what the base was trained on. 256 training rows are looked at before the "
+        "first step.",
+        parts={"init": Part(name="eva", settings={"rho": 2.0})},
+    ),
+    "corda": Preset(
+        title="CorDA: PiSSA (or MiLoRA) in the geometry of the layer's inputs",
+        paper="arXiv:2406.05223",
+        when="`init: {corda: {mode: ipm}}` for a new task, `kpm` to keep what the model knows.",
+        parts={"init": Part(name="corda")},
+    ),
+    "lora_ga": Preset(
+        title="LoRA-GA: A and B start along the gradient of full fine-tuning",
+        paper="arXiv:2407.05000",
+        when="When few steps have to do. The paper uses it with `scale: rslora`.",
+        parts={"init": Part(name="lora_ga"), "scale": Part(name="rslora")},
+    ),
+    "adalora": Preset(
+        title="AdaLoRA: starts with a larger rank and closes the least important components",
+        paper="arXiv:2303.10512",
+        when="When the number of parameters matters, and layers differ in how much they have to learn. "
+        "`r` is what is left on average.",
+        parts={"delta": Part(name="gated"), "init": Part(name="small"), "rank": Part(name="adalora")},
+    ),
+    "vera": Preset(
+        title="VeRA: one random, frozen pair (A, B) for all layers; two vectors a layer train",
+        paper="arXiv:2310.11454",
+        when="When adapters have to be tiny: in + out numbers a layer. Wants a large r and about ten times LoRA's "
+        "learning rate.",
+        parts={"delta": Part(name="vera"), "init": Part(name="own"), "scale": Part(name="constant")},
+        keys={"r": 256},
+    ),
+    "symmetric": Preset(
+        title="Symmetric start: both factors random, W = W0 − s·B0·A0 + s·B·A",
+        paper="kexue.fm/archives/9590",
+        when="To let both factors learn from the first step on.",
+        parts={"init": Part(name="symmetric")},
+    ),
+    "optimizer_view": Preset(
+        title="LoRA as an optimizer: the layer is left alone, its gradient is projected onto A and B",
+        paper="kexue.fm/archives/9590",
+        when="The same steps as LoRA; when the two thin products cost more than the gradient of W, as with very "
+        "many small layers and few tokens.",
+        parts={"combine": Part(name="optimizer_view")},
+    ),
+    "random_projection": Preset(
+        title="Descent along a random projection of the gradient, drawn anew in every step",
+        paper="kexue.fm/archives/9590",
+        when="To study what low rank does without Adam and without a fixed subspace. Plain SGD: begin with a learning "
+        "rate of 0.1 to 1. That it forgets less is a conjecture; `lora compare` measures it.",
+        parts={
+            "delta": Part(name="two_sided"),
+            "init": Part(name="random_projection"),
+            # Two terms add up to 2·G on average; s² = 1/2 halves them.
+            "scale": Part(name="constant", settings={"value": 0.5**0.5}),
+            "lifecycle": (Part(name="restart", settings={"every": 1}),),
+            "optimizer": Part(name="sgd"),
+        },
+    ),
+    "additive": Preset(
+        title="Additive decomposition: a sum of repeated blocks instead of a product",
+        paper="kexue.fm/archives/9590",
+        when="A legal start at zero with nothing random; rank 2r with LoRA's number of parameters. r has to divide "
+        "both sides of every layer.",
+        parts={"delta": Part(name="additive"), "init": Part(name="own"), "scale": Part(name="constant")},
+    ),
+    "miss": Preset(
+        title="MiSS (Bone): the one-sided half of the additive decomposition",
+        paper="arXiv:2409.15371",
+        when="The cheapest step of all; better than LoRA in PEFT's own benchmark. r has to divide the inputs of every "
+        "layer.",
+        parts={"delta": Part(name="miss"), "init": Part(name="own"), "scale": Part(name="constant")},
+    ),
+    "serial": Preset(
+        title="Serial LoRA: train, merge, start again",
+        paper="kexue.fm/archives/9590",
+        when="When r has to stay small but ΔW may not: after K pieces its rank is K·r. "
+        "`lifecycle: {restart: {every: 100}}` sets the length of a piece.",
+        parts={"lifecycle": (Part(name="restart"),)},
+    ),
+    "relora": Preset(
+        title="ReLoRA: serial LoRA with Adam pruned and the learning rate warmed up at every restart",
+        paper="arXiv:2307.05695",
+        when="For long training, up to pre-training, with large r.",
+        parts={
+            "lifecycle": (Part(name="restart", settings={"every": 2000, "moments": 0.001, "warmup": 100}),)
+        },
+        keys={"r": 128},
+    ),
+    "cola": Preset(
+        title="COLA: a chain of LoRAs, each on what the ones before it left over",
+        paper="arXiv:2401.04151",
+        when="As serial; a short chain, each link with a fresh optimizer and trained until it learns no more.",
+        parts={"lifecycle": (Part(name="restart", settings={"every": 200}),)},
+    ),
+    "xgblora": Preset(
+        title="XGBLoRA: many rank-1 boosters, each on a few layers drawn by lot",
+        paper="arXiv:2410.19694",
+        when="To see how far rank 1 goes. `layers` is how many layers a booster has.",
+        parts={"lifecycle": (Part(name="restart", settings={"every": 20, "layers": 11}),)},
+        keys={"r": 1},
+    ),
+    "flora": Preset(
+        title="Flora: the gradient compressed by a random projection that is drawn anew now and then",
+        paper="arXiv:2402.03293",
+        when="High-rank training with the optimizer memory of LoRA. Adam works on the compressed gradient here, where "
+        "the paper has Adafactor.",
+        parts={
+            "init": Part(name="random_projection"),
+            "scale": Part(name="constant"),
+            "trainable": Part(name="lora_fa"),
+            "lifecycle": (Part(name="restart", settings={"every": 1000, "moments": "carry"}),),
+        },
+    ),
+    "galore": Preset(
+        title="GaLore: Adam on the gradient's projection on its leading singular vectors",
+        paper="arXiv:2403.03507",
+        when="Full-rank training with the optimizer memory of LoRA; weights are saved whole once they have moved far.",
+        parts={
+            "init": Part(name="galore"),
+            "scale": Part(name="constant", settings={"value": 0.25}),
+            "trainable": Part(name="only_a"),
+            "lifecycle": (Part(name="restart", settings={"every": 200, "moments": 1.0}),),
+        },
+        keys={"r": 128},
+    ),
+    "delta_lora": Preset(
+        title="Delta-LoRA: W0 moves along with B·A, without a gradient of its own",
+        paper="arXiv:2309.02411",
+        when="As LoRA with larger steps after a while; no dropout.",
+        parts={"lifecycle": (Part(name="delta_lora"),)},
+    ),
+    "full": Preset(
+        title="Full fine-tuning: every parameter trains",
+        paper="—",
+        when="The reference of every comparison; 16 bytes of memory a parameter.",
+        parts={"delta": Part(name="whole"), "init": Part(name="own"), "scale": Part(name="constant")},
+        keys={"train_also": ("everything",)},
+    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """The parts of a method, one an axis."""
+    """The parts of a method, one an axis; of the lifecycle any number."""
 
     name: str
     delta: Part = Part(name="lowrank")
@@ -63,23 +246,43 @@ class Method:
     scale: Part = Part(name="alpha_over_r")
     trainable: Part = Part(name="all")
     dropout: Part = Part(name="standard")
+    rank: Part = Part(name="fixed")
+    lifecycle: tuple[Part, ...] = ()
+    optimizer: Part = Part(name="adamw")
 
-    def chosen(self) -> dict[str, Part]:
-        """Axis -> part."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "name"}
+    def chosen(self) -> dict[str, tuple[Part, ...]]:
+        """Axis -> parts."""
+        named = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "name"}
+        return {axis: part if isinstance(part, tuple) else (part,) for axis, part in named.items()}
 
 
-def resolve(adapter: "AdapterRecipe") -> Method:
+def resolve(adapter: "AdapterRecipe", optimizer: Part | None = None) -> Method:
     """The preset's parts with the recipe's own on top.
+
+    Args:
+        adapter: the section of the recipe.
+        optimizer: `train.optimizer`, where the recipe names one.
 
     Raises:
         UserError: there is no such method.
     """
-    if adapter.method not in PRESETS:
-        fix = parts.did_you_mean(adapter.method, PRESETS)
-        raise UserError(f"unknown method '{adapter.method}'", where="adapter.method", fix=fix)
-    own = {axis: getattr(adapter, axis) for axis in ("delta", "combine", "init", "scale", "trainable")}
+    own = {axis: getattr(adapter, axis) for axis in AXES if axis not in ("base", "optimizer")}
+    own["optimizer"] = optimizer
     chosen = {axis: part for axis, part in own.items() if part is not None}
-    return Method(
-        name=adapter.method, **{**PRESETS[adapter.method].parts, **chosen, "dropout": adapter.dropout}
-    )
+    if "dropout" not in adapter.model_fields_set:
+        del chosen["dropout"]
+    return Method(name=adapter.method, **{**_preset(adapter.method).parts, **chosen})
+
+
+def with_defaults(adapter: "AdapterRecipe") -> "AdapterRecipe":
+    """The section with the preset's values for the keys that the recipe does not set."""
+    preset = _preset(adapter.method)
+    left = {key: value for key, value in preset.keys.items() if key not in adapter.model_fields_set}
+    return adapter.model_copy(update=left)
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        fix = parts.did_you_mean(name, PRESETS)
+        raise UserError(f"unknown method '{name}'", where="adapter.method", fix=fix)
+    return PRESETS[name]

@@ -83,9 +83,9 @@ def ids(rows: int = 2, length: int = 9) -> torch.Tensor:
     return drawn
 
 
-def put_on(model: PreTrainedModel, folder: Path, name: str = "default") -> Adapter:
+def put_on(model: PreTrainedModel, folder: Path) -> Adapter:
     """The adapter of a folder on a model."""
     saved = files.read(folder)
-    adapter = inject.inject(model, files.plan_of(saved, model, models.ends_of(model)), name=name)
+    adapter = inject.inject(model, files.plan_of(saved, model, models.ends_of(model)))
     files.fill(adapter, saved)
     return adapter

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lora_cli import parts
 from lora_cli.adapter import files, inject, peft_format
 from lora_cli.adapter.delta import Delta
+from lora_cli.adapter.portable import saved_form
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.run.export import export
 from lora_cli.run.merge import merge
@@ -57,7 +58,7 @@ def test_a_saved_adapter_comes_back_to_the_bit_on_the_base_as_it_is_on_disk(tmp_
     loaded = put_on(again, tmp_path / "a")
     assert torch.equal(again(x).logits, model(x).logits)
     assert not torch.allclose(again(x).logits, plain)
-    theirs, ours = files.peft_tensors(loaded), files.peft_tensors(adapter)
+    theirs, ours = saved_form(loaded).tensors, saved_form(adapter).tensors
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
     for key in ("layers", "also", "new_rows", "lora_bias", "method"):
@@ -107,7 +108,7 @@ def test_several_adapters_on_one_model_each_compute_their_own(tmp_path):
     model = base("llama", settings)
     plain, adapters = model(x).logits, []
     for number in range(len(cases)):
-        adapters.append(put_on(model, tmp_path / str(number), f"adapter {number}"))
+        adapters.append(put_on(model, tmp_path / str(number)))
         adapters[-1].deactivate()
     for adapter, logits in zip(adapters, expected, strict=True):
         adapter.activate()
@@ -214,14 +215,14 @@ def test_tensors_that_do_not_fit_are_counted_and_one_is_named(tmp_path, change, 
     error = refusal(tmp_path / "a", model)
     assert re.search(expected, str(error)), error
     assert "the/base" in error.fix
-    assert not list(inject.adapted_layers(model)), "the model is left as it was"
+    assert not inject.adapted_layers(model), "the model is left as it was"
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not known"),
-        ({"use_dora": True}, "uses use_dora"),
+        ({"use_qalora": True}, "uses use_qalora"),
         ({"use_qalora": True, "layer_replication": [[0, 2]]}, "uses layer_replication, use_qalora"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "uses target_parameters"),
         ({"arrow_config": {"top_k": 2}}, "uses arrow_config"),
@@ -319,15 +320,16 @@ def _read_right_or_refused(folder: Path, expected: nn.Module, x: torch.Tensor, w
 class Signed(Delta):
     """ΔW = U·diag(g)·V: of low rank, but not by PEFT's names."""
 
-    def __init__(self, base, r, scale, dropout, bias):
+    def __init__(self, place):
         super().__init__()
+        base, r = place.base, place.r
         self.U, self.V = (
             nn.Parameter(torch.zeros(base.out_features, r)),
             nn.Parameter(torch.zeros(r, base.in_features)),
         )
         self.g = nn.Parameter(torch.ones(r))
 
-    def add_to(self, y, x):
+    def add_dropped(self, y, x):
         return y + F.linear(F.linear(x, self.V) * self.g, self.U)
 
     def weight(self):
@@ -367,7 +369,7 @@ def foreign_part(monkeypatch):
             vars(module).update(exported)
             monkeypatch.setitem(sys.modules, f"lora_cli.methods.{axis}.{name}", module)
     monkeypatch.setattr(parts, "names", lambda axis: (*names(axis), *FOREIGN.get(axis, ())))
-    monkeypatch.setattr(parts.load("init", "kaiming"), "init", lambda delta, generator: None)
+    monkeypatch.setattr(parts.load("init", "kaiming"), "init", lambda delta, start: None)
 
 
 @pytest.mark.usefixtures("foreign_part")
@@ -395,18 +397,18 @@ def test_a_rule_for_the_scale_that_peft_does_not_have_is_written_as_an_alpha(tmp
 
 
 @pytest.mark.usefixtures("foreign_part")
-def test_what_is_of_low_rank_is_exported_to_peft_exactly(tmp_path):
+def test_what_is_of_low_rank_is_saved_for_peft_exactly(tmp_path):
     settings = {"train_also": ("norms",), "rank_pattern": {"q_proj": 2}, "scale": "rslora"}
     model, _ = saved(tmp_path / "a", delta="signed", **settings)
-    base("llama", {}).save_pretrained(tmp_path / "base")
-    tiny.tokenizer().save_pretrained(tmp_path / "base")
-    report = export(tmp_path / "a", "peft", tmp_path / "out", Screen(), base=str(tmp_path / "base"))
-    config = json.loads((tmp_path / "out" / files.CONFIG).read_text())
+    config = json.loads((tmp_path / "a" / files.CONFIG).read_text())
     assert (config["peft_type"], config["lora_alpha"], config["r"]) == ("LORA", 4, 4)
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({"q_proj": 2}, {"q_proj": 2})
     again, x = tiny.model("llama"), ids()
-    put_on(again, tmp_path / "out")
+    put_on(again, tmp_path / "a")
     torch.testing.assert_close(again(x).logits, model(x).logits, rtol=1e-5, atol=1e-6)
+    base("llama", {}).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    report = export(tmp_path / "a", "peft", tmp_path / "out", Screen(), base=str(tmp_path / "base"))
     assert report["logit_error"] <= 1e-6
 
 

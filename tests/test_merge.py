@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_cli import model as models
 from lora_cli.adapter import files, inject
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.plan import Plan
+from lora_cli.adapter.portable import saved_form
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.presets import Method
 from lora_cli.recipe.schema import ModelRecipe
@@ -345,7 +347,7 @@ def test_a_bias_that_the_layer_cannot_take_is_refused(tmp_path):
         delta.bias = torch.nn.Parameter(torch.randn(live.get_submodule(key).base.out_features))
     from safetensors.torch import save_file
 
-    save_file(files.peft_tensors(adapter), tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(saved_form(adapter).tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     error = refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.MODEL)
     assert "lora_bias" in str(error)
 
@@ -420,10 +422,13 @@ def test_an_exported_adapter_is_the_adapter(tmp_path, name):
 
 def test_an_export_that_computes_something_else_is_not_done(tmp_path, monkeypatch):
     on_disk(tmp_path)
-    right = files.peft_tensors
-    monkeypatch.setattr(
-        files, "peft_tensors", lambda adapter: {key: t * 1.01 for key, t in right(adapter).items()}
-    )
+    right = export_story.as_lora
+
+    def wrong(adapter: Any) -> Any:
+        form = right(adapter)
+        return replace(form, tensors={key: t * 1.01 for key, t in form.tensors.items()})
+
+    monkeypatch.setattr(export_story, "as_lora", wrong)
     with pytest.raises(UserError, match="away from the adapter's") as error:
         export_story.export(tmp_path / "adapter", "peft", tmp_path / "out", SCREEN)
     assert error.value.code == ExitCode.VERIFICATION

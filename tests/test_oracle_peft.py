@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli import model as models
 from lora_cli.adapter import files, inject, peft_format, plan
+from lora_cli.adapter.portable import saved_form
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import AdapterRecipe
 from lora_cli.run import probe
@@ -68,7 +69,7 @@ def test_peft_computes_what_we_compute_from_our_files(tmp_path, kind, settings):
     assert probe.distance(wrapped(x).logits, live(x).logits) <= 1e-5
     assert probe.distance(base(kind, settings)(x).logits, live(x).logits) > 1e-3
     written = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    ours = files.peft_tensors(adapter)
+    ours = saved_form(adapter).tensors
     assert written.keys() >= ours.keys()
     assert all(torch.equal(written[key], ours[key]) for key in ours)
 

@@ -1,6 +1,7 @@
 """The learning rate over a run, and the groups of the optimizer."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lora_cli.presets import Method
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
 
@@ -36,6 +38,12 @@ def test_rate_rises_to_the_peak_then_never_rises_again_nor_falls_below_the_floor
         assert after[0] == pytest.approx(1e-3)
 
 
+def made(trainable: dict[str, nn.Parameter], train: TrainRecipe) -> torch.optim.Optimizer:
+    """The optimizer of plain LoRA over these tensors."""
+    plan = SimpleNamespace(method=Method(name="lora"))
+    return optim.make(SimpleNamespace(trainable=lambda: trainable, plan=plan), train)
+
+
 def test_schedules_have_their_closed_form():
     def rate(scheduler: str, step: int) -> float:
         settings = {
@@ -61,7 +69,7 @@ def test_every_trainable_tensor_is_in_exactly_one_group_and_vectors_are_not_deca
         name: nn.Parameter(torch.randn(*shape))
         for name, shape in {"A": (2, 3), "b": (4,), "B": (3, 2)}.items()
     }
-    optimizer = optim.make(trainable, TrainRecipe(weight_decay=0.1))
+    optimizer = made(trainable, TrainRecipe(weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
     assert {name: decay[id(p)] for name, p in trainable.items()} == {"A": 0.1, "B": 0.1, "b": 0.0}
@@ -71,7 +79,7 @@ def test_restored_optimizer_goes_on_to_the_bit():
     def fresh():
         torch.manual_seed(0)
         trainable = {"A": nn.Parameter(torch.randn(5, 3)), "b": nn.Parameter(torch.randn(4))}
-        return trainable, optim.make(trainable, TrainRecipe(weight_decay=0.1))
+        return trainable, made(trainable, TrainRecipe(weight_decay=0.1))
 
     def steps(trainable, optimizer, numbers):
         for number in numbers:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,9 +28,18 @@ class Base(ABC):
     def bias(self) -> Tensor | None:
         """The module's bias [out], if it has one."""
 
-    @abstractmethod
+    def oriented(self, stored: Tensor) -> Tensor:
+        """A tensor laid out like the module's weight (its gradient, say) as [out, in], or the other way round."""
+        return stored
+
     def weight(self) -> Tensor:
         """W0 in float32, [out, in]."""
+        return self.oriented(self.module.weight.detach().float())
+
+    def set_weight(self, W: Tensor) -> None:
+        """Write W [out, in] where W0 is, cast to its type."""
+        with torch.no_grad():
+            self.module.weight.copy_(self.oriented(W))
 
     @abstractmethod
     def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:

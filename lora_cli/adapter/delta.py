@@ -4,6 +4,8 @@ Shapes: A is [r, in], B is [out, r]; x is [..., in] (or ids [...]), y is [..., o
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +13,58 @@ from torch import Tensor, nn
 from lora_cli.adapter.base import Base
 
 
+@dataclass
+class Shared:
+    """What the layers of one adapter have in common."""
+
+    widest_in: int = 0
+    widest_out: int = 0
+    seed: int = 0
+    tensors: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def tensor(self, name: str, make: Callable[[], Tensor]) -> nn.Parameter:
+        """The tensor of that name, the same for every layer; frozen; `make` is called by the first."""
+        if name not in self.tensors:
+            self.tensors[name] = nn.Parameter(make(), requires_grad=False)
+        return self.tensors[name]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a delta goes, and how large it is to be."""
+
+    base: Base
+    r: int
+    scale: float
+    dropout: nn.Module | None = None
+    bias: bool = False
+    shared: Shared = field(default_factory=Shared)
+
+
 class Delta(nn.Module, ABC):
     """What is added to W0."""
 
     mergeable = True
     """False where ΔW depends on x, so that no single matrix stands for it."""
+    compact = False
+    """True where the tensors of ΔW are far smaller than its factors, so that they are what is saved."""
 
-    @abstractmethod
+    def __init__(self, dropout: nn.Module | None = None) -> None:
+        """`dropout` drops from x; None, so that the hot path has nothing to call, when nothing is dropped."""
+        super().__init__()
+        self.dropout = dropout
+
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + ΔW·x."""
+        return self.add_dropped(y, self.dropped(x))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What of x reaches ΔW."""
+        return x if self.dropout is None else self.dropout(x)
+
+    @abstractmethod
+    def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y + ΔW·x for an x from which has been dropped what is to be dropped."""
 
     @abstractmethod
     def weight(self) -> Tensor:
@@ -37,39 +82,80 @@ class Delta(nn.Module, ABC):
 class LowRank(Delta):
     """ΔW·x = s·(B·(A·x) + b), never (B·A)·x: no tensor of W0's shape is made or saved for backward."""
 
-    def __init__(self, base: Base, r: int, scale: float, dropout: nn.Module | None, bias: bool) -> None:
+    def __init__(self, place: Place) -> None:
         """Zero factors of rank r, in float32 whatever the base is stored in: small steps would vanish in bf16."""
-        super().__init__()
-        self.A = nn.Parameter(torch.zeros(r, base.in_features))
-        self.B = nn.Parameter(torch.zeros(base.out_features, r))
-        self.bias = nn.Parameter(torch.zeros(base.out_features)) if bias else None
-        self.scale = scale
-        self.dropout = dropout
+        super().__init__(place.dropout)
+        base = place.base
+        self.A = nn.Parameter(torch.zeros(place.r, base.in_features))
+        self.B = nn.Parameter(torch.zeros(base.out_features, place.r))
+        self.bias = nn.Parameter(torch.zeros(base.out_features)) if place.bias else None
+        self.fixed_A: nn.Parameter | None = None
+        self.fixed_B: nn.Parameter | None = None
+        self.scale = place.scale
         self.project = base.project
         self.reads_ids = base.reads_ids
 
-    def hidden(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A·x, [..., r]; the small matrix is cast to the large one's type, never the other way round."""
-        if self.dropout is not None:
-            x = self.dropout(x)
-        return self.project(x, self.A.to(dtype if self.reads_ids else x.dtype))
+    def up(self) -> Tensor:
+        """What A·x is multiplied with, [out, r]."""
+        return self.B
+
+    def down(self) -> Tensor:
+        """What x is multiplied with, [r, in]."""
+        return self.A
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """One addmm: no temporary as wide as y, and the scale costs nothing."""
-        z = self.hidden(x, y.dtype)
+        """Return y + ΔW·x. What is fixed stands for a part of W0: nothing is dropped from its input."""
+        return self._add_trained(self._add_fixed(y, x), self.dropped(x))
+
+    def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y + ΔW·x."""
+        return self._add_trained(self._add_fixed(y, x), x)
+
+    def _add_fixed(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.fixed_A is None or self.fixed_B is None:
+            return y
+        return self._add(y, x, self.fixed_B, self.fixed_A, 1.0)
+
+    def _add_trained(self, y: Tensor, x: Tensor) -> Tensor:
         if self.bias is not None:
             y = y + self.scale * self.bias.to(y.dtype)
+        return self._add(y, x, self.up(), self.down(), self.scale)
+
+    def _add(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
+        """One addmm: no temporary as wide as y, and the scale costs nothing.
+
+        The small matrices are cast to the large ones' type, never the other way round.
+        """
+        z = self.project(x, A.to(y.dtype if self.reads_ids else x.dtype))
         rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
-        return torch.addmm(rows, z.to(y.dtype), self.B.to(y.dtype).t(), alpha=self.scale).view_as(y)
+        return torch.addmm(rows, z.to(y.dtype), B.to(y.dtype).t(), alpha=scale).view_as(y)
+
+    def fix(self, B: Tensor, A: Tensor) -> None:
+        """Add B·A [out, in] to what is fixed: it is a part of ΔW from now on, and never trains."""
+        if self.fixed_A is not None and self.fixed_B is not None:
+            B, A = torch.cat([self.fixed_B, B], 1), torch.cat([self.fixed_A, A], 0)
+        self.fixed_B = nn.Parameter(B.detach().clone(), requires_grad=False)
+        self.fixed_A = nn.Parameter(A.detach().clone(), requires_grad=False)
+
+    def subtract_start(self) -> None:
+        """Let ΔW be s·(B·A − B0·A0), where (A0, B0) are what A and B are now: the model starts as the base.
+
+        W0 itself is not touched, so in every precision the adapter goes with the original base.
+        """
+        self.fix(-self.scale * self.up(), self.down())
 
     def weight(self) -> Tensor:
-        """s·B·A."""
-        return self.scale * (self.B.detach().float() @ self.A.detach().float())
+        """s·B·A, and what is fixed."""
+        B, A = self.factors()
+        return B @ A
 
     def shift(self) -> Tensor | None:
         """s·b."""
         return None if self.bias is None else self.scale * self.bias.detach().float()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(s·B, A)."""
-        return self.scale * self.B.detach().float(), self.A.detach().float()
+        """(s·B, A), with what is fixed below and beside them."""
+        B, A = self.scale * self.up().detach().float(), self.down().detach().float()
+        if self.fixed_A is None or self.fixed_B is None:
+            return B, A
+        return torch.cat([B, self.fixed_B.float()], 1), torch.cat([A, self.fixed_A.float()], 0)

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from lora_cli import __version__, io_ops, parts
 from lora_cli.adapter import peft_format
 from lora_cli.adapter.inject import Adapter, without_adapters
-from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.peft_format import PREFIX, ROWS, rows_name
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan
+from lora_cli.adapter.portable import Portable, saved_form
 from lora_cli.adapter.saved import CONFIG, OURS, WEIGHTS, Ours, Saved, read
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.presets import Method
 from lora_cli.recipe.load import settings_of
 from lora_cli.recipe.schema import Part
 
-__all__ = ["CONFIG", "Saved", "fill", "fingerprint", "peft_tensors", "plan_of", "read", "save"]
+__all__ = ["CONFIG", "Saved", "fill", "fingerprint", "plan_of", "read", "save", "write"]
 
 SAMPLED_WEIGHTS = 4096
 """Of each layer, for the base's fingerprint."""
@@ -46,25 +46,27 @@ def save(
         revision: of the base.
         tokens: those that were added to the base's vocabulary.
     """
-    plan, model = adapter.plan, adapter.model
-    io_ops.write_bytes(folder / WEIGHTS, to_bytes(peft_tensors(adapter), metadata={"format": "pt"}))
-    io_ops.write_json(folder / CONFIG, peft_format.config_of(plan, model, base, revision))
+    form = saved_form(adapter)
     with without_adapters(adapter):
-        ours = Ours(
-            lora_version=__version__,
-            method=plan.method.name,
-            parts=plan.method.chosen(),
-            add_tokens=tokens,
-            base_fingerprint=fingerprint(model, plan),
-            layers=() if peft_format.is_peft(plan) else tuple(spec.name for spec in plan.layers),
-        )
+        write(folder, form, adapter.model, base, revision, tokens)
+
+
+def write(
+    folder: Path, form: Portable, model: nn.Module, base: str, revision: str | None, tokens: tuple[str, ...]
+) -> None:
+    """The same for an adapter in the form in which it is to be saved; the model is plain."""
+    plan = form.plan
+    io_ops.write_bytes(folder / WEIGHTS, to_bytes(form.tensors, metadata={"format": "pt"}))
+    io_ops.write_json(folder / CONFIG, peft_format.config_of(plan, model, base, revision))
+    ours = Ours(
+        lora_version=__version__,
+        method=plan.method.name,
+        parts=plan.method.chosen(),
+        add_tokens=tokens,
+        base_fingerprint=fingerprint(model, plan),
+        layers=() if peft_format.is_peft(plan) else tuple(spec.name for spec in plan.layers),
+    )
     io_ops.write_json(folder / OURS, ours.model_dump(mode="json"))
-
-
-def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors by PEFT's names, contiguous and none sharing memory with another."""
-    named = peft_format.parameters(adapter)
-    return {key: p.detach().cpu().contiguous().clone() for key, p in named.items()}
 
 
 def plan_of(saved: Saved, model: nn.Module, ends: Ends) -> Plan:
@@ -72,7 +74,7 @@ def plan_of(saved: Saved, model: nn.Module, ends: Ends) -> Plan:
 
     Args:
         saved: what `read` gave.
-        model: plain, or with other adapters, none of them active.
+        model: plain; no other adapter is active on it.
         ends: its embeddings and its output head.
 
     Raises:
@@ -112,8 +114,7 @@ def fingerprint(model: nn.Module, plan: Plan) -> str:
     """
     digest = hashlib.sha256()
     for spec in sorted(plan.layers, key=lambda spec: spec.name):
-        layer = model.get_submodule(spec.name)
-        weight = layer.base_layer.weight if isinstance(layer, Adapted) else layer.weight
+        weight = model.get_submodule(spec.name).weight
         assert isinstance(weight, Tensor), "a layer that can be adapted has a weight"
         flat = weight.detach().flatten()
         sample = flat[:: max(flat.numel() // SAMPLED_WEIGHTS, 1) | 1].cpu()  # odd, to go through all columns
@@ -130,11 +131,17 @@ def _method_of(saved: Saved) -> Method:
     if not saved.ours.parts:
         scale = Part(name="rslora" if saved.config.use_rslora else "alpha_over_r")
         dropout = Part(name="standard", settings={"p": saved.config.lora_dropout})
-        return Method(name="lora", scale=scale, dropout=dropout)
+        combine = Part(name="dora" if saved.config.use_dora else "add")
+        return Method(name="lora", combine=combine, scale=scale, dropout=dropout)
     try:
-        for axis, part in saved.ours.parts.items():
-            settings_of(axis, part.name).model_validate(part.settings)
-        return Method(name=saved.ours.method, **saved.ours.parts)
+        for axis, found in saved.ours.parts.items():
+            for part in found:
+                settings_of(axis, part.name).model_validate(part.settings)
+        single = {axis: found[0] for axis, found in saved.ours.parts.items() if axis != "lifecycle"}
+        lifecycle = saved.ours.parts.get("lifecycle", ())
+        # How it was trained is over: what is loaded is used as it is.
+        used = {axis: part for axis, part in single.items() if axis not in ("init", "rank", "optimizer")}
+        return Method(name=saved.ours.method, lifecycle=lifecycle, **used)
     except (ValidationError, TypeError) as error:
         what, fix = f"lora {__version__} does not know its parts", f"lora {saved.ours.lora_version} wrote it"
         raise UserError(what, where=str(saved.folder / OURS), fix=fix, code=ExitCode.MODEL) from error

@@ -1,59 +1,77 @@
 """Put a planned adapter into a model, in place, layer by layer; take it out again; merge it.
 
-The base's own tensors are never written to: what is trained in full is swapped in beside the original.
+The base's own tensors are never written to: what is trained in full, or moved, is swapped in beside the original.
 """
 
-import hashlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_cli import parts
-from lora_cli.adapter.delta import Delta
+from lora_cli.adapter.base import Base
+from lora_cli.adapter.delta import Delta, Place, Shared
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan, view_of
 from lora_cli.adapter.rows import Rows
+from lora_cli.adapter.seed import generator_of
+from lora_cli.adapter.start import Start
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
 
 
 @dataclass
 class Adapter:
-    """One adapter on a model. Several can be on one model; at most one is active."""
+    """One adapter of a model. A model may have several; at most one is active, the others' layers are not in it."""
 
     model: nn.Module
     plan: Plan
-    deltas: dict[str, Delta]
-    """Layer name -> ΔW."""
-    rows: dict[str, Rows] = field(default_factory=dict)
-    """Embedding and head -> the rows of new tokens; both ends of a tied model share theirs."""
+    layers: dict[str, Adapted]
+    """Name -> the layer that stands there while the adapter is active."""
+    ends: dict[str, Adapted] = field(default_factory=dict)
+    """Embedding and head with the rows of new tokens; both ends of a tied model share theirs."""
     also: dict[str, nn.Parameter] = field(default_factory=dict)
-    """Parameter name -> the copy that is trained in full, float32."""
+    """Parameter name -> the copy that is trained in full, or moved, float32."""
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameter name -> the base's own."""
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Tensors that all layers have in common."""
+    absorbed: dict[str, list[tuple[Tensor, Tensor]] | None] = field(default_factory=dict)
+    """Layer whose W moves -> the factors (B, A) of what was added to it; None once they would be larger than W."""
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """Layer name -> ΔW."""
+        return {name: layer.delta for name, layer in self.layers.items()}
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """Embedding and head -> the rows of new tokens."""
+        return {name: layer.delta for name, layer in self.ends.items() if isinstance(layer.delta, Rows)}
 
     def activate(self) -> None:
-        """Let the model compute with this adapter."""
-        for name, delta in [*self.deltas.items(), *self.rows.items()]:
-            adapted(self.model, name).active = (delta,)
+        """Let the model compute with this adapter; no other one may be active."""
+        for name, layer in [*self.layers.items(), *self.ends.items()]:
+            self.model.set_submodule(name, layer.train(self.model.training))
         for name, parameter in self.also.items():
             _put(self.model, name, parameter)
 
     def deactivate(self) -> None:
-        """Let the model compute what the base computes."""
-        for name in [*self.deltas, *self.rows]:
-            adapted(self.model, name).active = ()
+        """Make the model the plain base again."""
+        for name, layer in [*self.layers.items(), *self.ends.items()]:
+            self.model.set_submodule(name, layer.base_layer)
         for name, parameter in self.originals.items():
             _put(self.model, name, parameter)
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """Every tensor of the adapter, trained or frozen, under a name that is stable across runs; ties once."""
-        named = {f"{layer}.{key}": p for layer, d in self.deltas.items() for key, p in d.named_parameters()}
-        named |= {
-            f"{layer}.{key}": p for layer, rows in self.rows.items() for key, p in rows.named_parameters()
+        named = {
+            f"{name}.{key}": p
+            for name, layer in [*self.layers.items(), *self.ends.items()]
+            for key, p in layer.own_tensors().items()
         }
         # A layer's bias that is trained in full is another tensor than the bias of its delta.
         named |= {f"also.{name}": p for name, p in self.also.items()}
@@ -64,19 +82,61 @@ class Adapter:
         """The tensors that train, by the same names."""
         return {name: p for name, p in self.named_tensors().items() if p.requires_grad}
 
+    def move(self, name: str) -> None:
+        """Let W of a layer be a float32 copy, which may be written to; the original stays as it is."""
+        key = f"{name}.weight"
+        if key not in self.also:
+            self.originals[key] = self.layers[name].base_layer.weight
+            self.also[key] = nn.Parameter(self.originals[key].detach().float().clone(), requires_grad=False)
+            self.layers[name].base_layer.weight = self.also[key]
+            self.absorbed[name] = []
 
-def inject(model: nn.Module, plan: Plan, seed: int = 0, name: str = "default") -> Adapter:
+    def absorb(self, name: str) -> None:
+        """Add ΔW to the W that `move` made; its factors are remembered as long as they are smaller than W."""
+        layer = self.layers[name]
+        layer.base.set_weight(layer.merged_weight())
+        known, factors = self.absorbed[name], layer.delta.factors()
+        self.absorbed[name] = None
+        if known is not None and factors is not None:
+            together = [*known, (factors[0].clone(), factors[1].clone())]
+            if (
+                sum(B.numel() + A.numel() for B, A in together)
+                < layer.base.in_features * layer.base.out_features
+            ):
+                self.absorbed[name] = together
+
+    def original_weight(self, name: str) -> Tensor:
+        """W0 of a layer in float32 [out, in], wherever training has moved it to."""
+        layer = {**self.layers, **self.ends}[name]
+        key = f"{name}.weight"
+        if key not in self.originals:
+            return layer.base.weight()
+        layer.base_layer.weight = self.originals[key]
+        W0 = layer.base.weight()
+        layer.base_layer.weight = self.also[key]
+        return W0
+
+
+def inject(
+    model: nn.Module, plan: Plan, seed: int = 0, statistics: Mapping[str, Tensor] | None = None
+) -> Adapter:
     """Freeze the model, wrap the planned layers, draw the first ΔW, and return the active adapter.
 
     Args:
-        model: changed in place; its own tensors are not.
+        model: changed in place; its own tensors are not. No other adapter is active on it.
         plan: what to adapt.
         seed: the factors depend on it and on the layer's name only, not on device or order.
-        name: tells adapters on one model apart.
+        statistics: layer -> what the init asked to be measured of it.
     """
     model.requires_grad_(False)
-    deltas = {spec.name: _wrap(model, spec, plan, seed, name) for spec in plan.layers}
-    adapter = Adapter(model, plan, deltas, _new_rows(model, plan, name))
+    shared = Shared(
+        max((spec.in_features for spec in plan.layers), default=0),
+        max((spec.out_features for spec in plan.layers), default=0),
+        seed,
+    )
+    found = statistics or {}
+    layers = {spec.name: _wrap(model, spec, plan, seed, shared, found.get(spec.name)) for spec in plan.layers}
+    adapter = Adapter(model, plan, layers, _new_rows(model, plan), shared=shared.tensors)
     adapter.originals = {each: _get(model, each) for each in plan.also}
     adapter.also = _copies(adapter.originals, plan.ends.tied)
     adapter.activate()
@@ -85,7 +145,7 @@ def inject(model: nn.Module, plan: Plan, seed: int = 0, name: str = "default") -
 
 @contextmanager
 def without_adapters(*adapters: Adapter) -> Generator[None]:
-    """Inside the block the model is the base, to the bit."""
+    """Inside the block the model is the base, to the bit; afterwards the last of the adapters is active."""
     for adapter in adapters:
         adapter.deactivate()
     try:
@@ -93,20 +153,6 @@ def without_adapters(*adapters: Adapter) -> Generator[None]:
     finally:
         for adapter in adapters[-1:]:
             adapter.activate()
-
-
-def adapted(model: nn.Module, name: str) -> Adapted:
-    """The adapted layer of that name."""
-    layer = model.get_submodule(name)
-    assert isinstance(layer, Adapted), f"{name} is not adapted"
-    return layer
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """All adapted layers with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, Adapted):
-            yield name, module
 
 
 def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, float]:
@@ -123,12 +169,13 @@ def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) 
     """
     adapter.activate()
     lost: dict[str, float] = {}
-    layers = dict(adapted_layers(model))
+    layers = {**adapter.layers, **adapter.ends}
     for name, layer in layers.items():
         W, bias = layer.merged_weight(), layer.merged_bias()
+        W0 = adapter.original_weight(name)
         original = adapter.originals.get(f"{name}.weight", _get(model, f"{name}.weight"))
         stored = rounded(W, dtype or original.dtype, name)
-        lost[name] = _lost(stored, W, layer.base.weight())
+        lost[name] = _lost(stored, W, W0)
         bias = None if bias is None else rounded(bias, stored.dtype, name)
         model.set_submodule(name, layer.base.replaced(stored, bias))
     for name, parameter in adapter.also.items():
@@ -170,56 +217,46 @@ def _lost(stored: Tensor, W: Tensor, W0: Tensor) -> float:
     return torch.linalg.norm(stored.float() - W).item() / change if change else 0.0
 
 
-def _wrap(model: nn.Module, spec: LayerSpec, plan: Plan, seed: int, name: str) -> Delta:
-    """Make the delta of one layer and hang it into the model."""
-    layer = _adapted_here(model, spec.name, plan.method.combine.name)
-    method, base = plan.method, layer.base
+def _wrap(
+    model: nn.Module, spec: LayerSpec, plan: Plan, seed: int, shared: Shared, statistic: Tensor | None
+) -> Adapted:
+    """Make the layer that stands in for a plain one; the plain one stays where it is."""
+    method, base = plan.method, _base(model, spec.name)
     dropout = None if base.reads_ids else _make("dropout", method.dropout)
-    make = parts.load("delta", method.delta.name).make
-    delta = make(base, spec.r, spec.scale, dropout, plan.lora_bias, **method.delta.settings)
-    init = parts.load("init", method.init.name).init
+    place = Place(base, spec.r, spec.scale, dropout, plan.lora_bias, shared)
+    delta = _make("delta", method.delta, place)
+    start = Start(base, generator_of(seed, spec.name), statistic)
     with torch.no_grad():
-        init(delta, generator_of(seed, spec.name), **method.init.settings)
+        parts.load("init", method.init.name).init(delta, start, **parts.settings("init", method.init))
+    layer = _make("combine", method.combine, base, delta)
     trains = parts.load("trainable", method.trainable.name).trains
-    for key, parameter in delta.named_parameters():
-        parameter.requires_grad_(trains(key))
-    layer.deltas[name] = delta.to(layer.base_layer.weight.device)
-    return delta
+    for key, parameter in layer.own_tensors().items():
+        parameter.requires_grad_(parameter.requires_grad and trains(key))
+    return layer.to(base.module.weight.device)
 
 
-def _adapted_here(model: nn.Module, name: str, combine: str) -> Adapted:
-    """The adapted layer of that name; the plain one is wrapped when it is not yet."""
-    module = model.get_submodule(name)
-    if isinstance(module, Adapted):
-        return module
-    view = view_of(module)
-    assert view is not None, "the plan only names adaptable layers"
-    layer = parts.load("combine", combine).make(view[1])
-    model.set_submodule(name, layer)
-    return layer
+def _base(model: nn.Module, name: str) -> Base:
+    """W0 of a plain layer."""
+    view = view_of(model.get_submodule(name))
+    assert view is not None, "the plan only names layers that can be adapted, and no other adapter is active"
+    return view[1]
 
 
-def _make(axis: str, part: Part) -> nn.Module | None:
-    return parts.load(axis, part.name).make(**part.settings)
+def _make(axis: str, part: Part, *args: Any) -> Any:
+    return parts.load(axis, part.name).make(*args, **parts.settings(axis, part))
 
 
-def generator_of(seed: int, name: str) -> torch.Generator:
-    """Random numbers for one layer: always from the CPU, so that every device starts from the same factors."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _new_rows(model: nn.Module, plan: Plan, name: str) -> dict[str, Rows]:
+def _new_rows(model: nn.Module, plan: Plan) -> dict[str, Adapted]:
     if not plan.new_rows:
         return {}
     shared: nn.Parameter | None = None
-    made: dict[str, Rows] = {}
+    made: dict[str, Adapted] = {}
     for end in (plan.ends.embeddings, plan.ends.head):
-        layer = _adapted_here(model, end, "add")
-        made[end] = Rows(layer.base, plan.new_rows, shared).to(layer.base_layer.weight.device)
-        layer.deltas[name] = made[end]
+        base = _base(model, end)
+        rows = Rows(base, plan.new_rows, shared).to(base.module.weight.device)
+        made[end] = Adapted(base, rows)
         if plan.ends.tied:
-            shared = made[end].values
+            shared = rows.values
     return made
 
 
@@ -233,19 +270,25 @@ def _copies(originals: dict[str, nn.Parameter], tied: bool) -> dict[str, nn.Para
 
 
 def _get(model: nn.Module, name: str) -> nn.Parameter:
-    return model.get_parameter(_path(model, name))
+    owner, key = _owner(model, name)
+    return owner.get_parameter(key)
 
 
 def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, key = _path(model, name).rpartition(".")
-    model.get_submodule(owner).register_parameter(key, parameter)
+    owner, key = _owner(model, name)
+    owner.register_parameter(key, parameter)
 
 
-def _path(model: nn.Module, name: str) -> str:
-    """Where a parameter of the plain model is now: inside the wrapped layer if its module is adapted."""
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The plain module that a parameter belongs to: inside the adapted layer where its module is adapted."""
     owner, _, key = name.rpartition(".")
-    inside = isinstance(model.get_submodule(owner), Adapted)
-    return f"{owner}.base_layer.{key}" if inside else name
+    module = model.get_submodule(owner)
+    return (module.base_layer if isinstance(module, Adapted) else module), key
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers that stand in a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:

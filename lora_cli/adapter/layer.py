@@ -7,39 +7,39 @@ from lora_cli.adapter.delta import Delta
 
 
 class Adapted(nn.Module):
-    """y = W0·x + Σ ΔW·x over the active deltas; with none active it computes what the plain layer computed."""
+    """y = W0·x + ΔW·x. The plain layer is inside, untouched; each adapter on a model has its own."""
 
-    def __init__(self, base: Base) -> None:
-        """Wrap a layer; deltas come with `add`."""
+    peft_name: str | None = "add"
+    """The combination, of those that PEFT has, that computes the same with the factors of ΔW and this one's tensors."""
+
+    def __init__(self, base: Base, delta: Delta) -> None:
+        """Put ΔW beside W0; a subclass may combine them in another way."""
         super().__init__()
         self.base = base
         self.base_layer = base.module
-        self.deltas = nn.ModuleDict()
-        self.active: tuple[Delta, ...] = ()
+        self.delta = delta
 
     def forward(self, x: Tensor) -> Tensor:
         """W0·x + ΔW·x."""
-        y = self.base_layer(x)
-        for delta in self.active:
-            y = delta.add_to(y, x)
-        return y
+        return self.delta.add_to(self.base_layer(x), x)
+
+    def own_tensors(self) -> dict[str, nn.Parameter]:
+        """What ΔW, and how it is combined with W0, are made of, trained or frozen."""
+        combined = dict(self.named_parameters(recurse=False))
+        return {**dict(self.delta.named_parameters()), **combined}
 
     def merged_weight(self) -> Tensor:
-        """W0 + ΔW in float32, [out, in]."""
-        W = self.base.weight()
-        for delta in self.active:
-            assert delta.mergeable, "the caller checks this"
-            W = W + delta.weight()
-        return W
+        """The one W that computes the same, float32 [out, in]."""
+        return self.base.weight() + self.delta.weight()
 
     def merged_bias(self) -> Tensor | None:
         """The bias that goes with `merged_weight`, float32 [out]."""
         bias = None if self.base.bias is None else self.base.bias.detach().float()
-        for shift in (delta.shift() for delta in self.active):
-            if shift is not None:
-                assert bias is not None, "the caller checks that a base without bias gets none"
-                bias = bias + shift
-        return bias
+        shift = self.delta.shift()
+        if shift is None:
+            return bias
+        assert bias is not None, "the caller checks that a base without bias gets none"
+        return bias + shift
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         """Model code may ask a layer for its weight or bias; those are the base's."""

@@ -7,7 +7,7 @@ base_model.model.<parameter trained in full>, with `.base_layer` in it where its
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,12 +16,17 @@ from torch import nn
 from lora_cli import parts
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.inject import Adapter
-from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import LayerSpec, Plan, first_match, view_of
 
 PREFIX = "base_model.model."
-LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}
+LINEAR = {
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
 LOOKUP = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+SHARED = f"{PREFIX}shared."
 ROWS = "token_adapter.trainable_tokens_delta"
 
 LORA = "LORA"
@@ -47,6 +52,7 @@ class Config(BaseModel):
     lora_alpha: float = 8.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
@@ -95,23 +101,35 @@ NO_EFFECT = {
 def parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
     """PEFT's name -> the adapter's parameter. What is tied has both its names, except for the rows of new tokens."""
     found: dict[str, nn.Parameter] = {}
-    for layer, delta in adapter.deltas.items():
-        base = base_of(adapter.model, layer)
-        found |= {delta_name(layer, base, key): p for key, p in delta.named_parameters()}
-    found |= {rows_name(end): adapter.rows[end].values for end in row_ends(adapter.plan)}
-    wrapped = {*adapter.deltas, *adapter.rows}
-    return found | {also_name(name, wrapped): p for name, p in adapter.also.items()}
+    common = {id(p) for p in adapter.shared.values()}
+    for name, layer in adapter.layers.items():
+        own = {key: p for key, p in layer.own_tensors().items() if id(p) not in common}
+        found |= {delta_name(name, layer.base, key): p for key, p in own.items()}
+    found |= {f"{SHARED}{key}": p for key, p in adapter.shared.items()}
+    return found | beside(adapter)
+
+
+def beside(adapter: Adapter, without: Container[str] = ()) -> dict[str, nn.Parameter]:
+    """PEFT's name -> what is trained beside ΔW, but `without`: rows of new tokens, and parameters in full."""
+    rows = {rows_name(end): adapter.rows[end].values for end in row_ends(adapter.plan)}
+    wrapped = {*adapter.layers, *adapter.ends}
+    return rows | {also_name(name, wrapped): p for name, p in adapter.also.items() if name not in without}
 
 
 def shapes(plan: Plan, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """PEFT's name -> the shape it has to have on this model, adapted or not."""
+    """PEFT's name -> the shape it has to have on this model, which is plain."""
     found: dict[str, tuple[int, ...]] = {}
-    make_shapes = parts.load("delta", plan.method.delta.name).shapes
+    delta = parts.load("delta", plan.method.delta.name)
+    combine = parts.load("combine", plan.method.combine.name)
     for spec in plan.layers:
         base = base_of(model, spec.name)
-        each = make_shapes(spec.in_features, spec.out_features, spec.r)
+        each = delta.shapes(spec.in_features, spec.out_features, spec.r) | combine.shapes(spec.out_features)
         each |= {"bias": (spec.out_features,)} if plan.lora_bias else {}
         found |= {delta_name(spec.name, base, key): shape for key, shape in each.items()}
+    if plan.layers and hasattr(delta, "shared_shapes"):
+        widest = max(spec.in_features for spec in plan.layers), max(spec.out_features for spec in plan.layers)
+        common = delta.shared_shapes(*widest, max(spec.r for spec in plan.layers))
+        found |= {f"{SHARED}{key}": shape for key, shape in common.items()}
     known = plain_parameters(model)
     for end in row_ends(plan):
         found[rows_name(end)] = (len(plan.new_rows), known[f"{end}.weight"].shape[1])
@@ -155,25 +173,23 @@ def parameter_of(key: str) -> str:
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters by the names they have without adapters; tied ones under both names."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {name.replace(".base_layer.", "."): p for name, p in named if ".deltas." not in name}
+    """The parameters of a plain model; tied ones under both names."""
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def base_of(model: nn.Module, layer: str) -> Base:
-    """The view of a layer, adapted or plain."""
+    """The view of a plain layer."""
     kind = kind_of(model, layer)
     assert kind is not None, f"{layer} cannot be adapted"
     return kind[1]
 
 
 def kind_of(model: nn.Module, layer: str) -> tuple[str, Base] | None:
-    """Name and view of a layer, adapted or plain; None when there is no such layer or it cannot be adapted."""
+    """Name and view of a plain layer; None when there is no such layer or it cannot be adapted."""
     try:
-        module = model.get_submodule(layer)
+        return view_of(model.get_submodule(layer))
     except AttributeError:
         return None
-    return view_of(module.base_layer if isinstance(module, Adapted) else module)
 
 
 # ---- config -------------------------------------------------------------------------------------------------------
@@ -181,7 +197,11 @@ def kind_of(model: nn.Module, layer: str) -> tuple[str, Base] | None:
 
 def is_peft(plan: Plan) -> bool:
     """Whether PEFT's LoRA computes the same function."""
-    return plan.method.delta.name == "lowrank" and plan.method.combine.name == "add"
+    return (
+        plan.method.delta.name == "lowrank"
+        and plan.method.combine.name in ("add", "dora")
+        and bool(plan.layers)
+    )
 
 
 def config_of(plan: Plan, model: nn.Module, base: str, revision: str | None) -> dict[str, Any]:
@@ -200,6 +220,7 @@ def config_of(plan: Plan, model: nn.Module, base: str, revision: str | None) -> 
         "lora_alpha": alpha,
         "lora_dropout": plan.method.dropout.settings.get("p", 0.0),
         "use_rslora": rslora,
+        "use_dora": plan.method.combine.name == "dora",
         "lora_bias": plan.lora_bias,
         "bias": "all" if _loose_biases(plan) else "none",
         "target_modules": _targets(ranks, model),
@@ -238,8 +259,7 @@ def _targets(names: Iterable[str], model: nn.Module) -> list[str]:
     """Last pieces of the names where they pick exactly the planned layers, else the whole names."""
     names = set(names)
     endings = {_ending(name) for name in names}
-    plain = [name for name, _ in model.named_modules() if ".deltas." not in f"{name}."]
-    picked = {name for name in plain if _ending(name) in endings}
+    picked = {name for name, _ in model.named_modules() if _ending(name) in endings}
     return sorted(endings if picked == names else names)
 
 

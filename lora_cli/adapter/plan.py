@@ -4,8 +4,8 @@ Every pattern has to match something: a name that is silently ignored is a run t
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from torch import nn
@@ -14,8 +14,12 @@ from lora_cli import parts, presets
 from lora_cli.adapter import rules
 from lora_cli.adapter.base import Base
 from lora_cli.errors import ExitCode, UserError
+from lora_cli.parts import Part
 from lora_cli.presets import Method
 from lora_cli.recipe.schema import AdapterRecipe
+
+WHOLE = "whole"
+"""The delta that is no delta: W itself trains."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,12 @@ def view_of(module: nn.Module) -> tuple[str, Base] | None:
 
 
 def make(
-    adapter: AdapterRecipe, model: nn.Module, ends: Ends, new_rows: Iterable[int] = (), untied: bool = False
+    adapter: AdapterRecipe,
+    model: nn.Module,
+    ends: Ends,
+    new_rows: Iterable[int] = (),
+    untied: bool = False,
+    optimizer: Part | None = None,
 ) -> Plan:
     """Match the patterns of `adapter` against the modules of `model`.
 
@@ -75,16 +84,19 @@ def make(
         model: the plain model; only types and shapes are looked at.
         ends: its embeddings and its output head.
         new_rows: ids of added tokens.
+        optimizer: the recipe's, when it names one; else the method's.
         untied: whether tied ends may be adapted because they will be (or have been) given separate weights.
 
     Raises:
         UserError: a pattern matches nothing, parts do not go together, or one end of a tie is adapted.
     """
-    method = presets.resolve(adapter)
-    rules.check(method, rules.facts_of(method))
+    method, adapter = presets.resolve(adapter, optimizer), presets.with_defaults(adapter)
     adaptable = _adaptable(model)
     names = _targets(adapter, adaptable, ends)
-    also = _also(adapter.train_also, model, ends)
+    rules.check(method, rules.facts_of(method, adapter, {adaptable[name][0] for name in names}))
+    whole = [f"{name}.weight" for name in names if method.delta.name == WHOLE]
+    also = tuple(dict.fromkeys([*whole, *_also(adapter.train_also, model, ends)]))
+    names = [] if whole else names
     _check_ends(names, also, tuple(new_rows), ends, untied)
     _check_patterns(adapter, names)
     layers = tuple(_layer(name, *adaptable[name], adapter, method) for name in names)
@@ -185,16 +197,41 @@ def _check_patterns(adapter: AdapterRecipe, names: list[str]) -> None:
 
 def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Method) -> LayerSpec:
     r = int(first_match(adapter.rank_pattern, name) or adapter.r)
+    controller = parts.load("rank", method.rank.name)
+    if hasattr(controller, "initial_r"):
+        r = controller.initial_r(r, **parts.settings("rank", method.rank))
     alpha = float(first_match(adapter.alpha_pattern, name) or adapter.alpha)
     if adapter.lora_bias and base.bias is None:
         fix = "leave it out: without a bias in the layer it could never be merged"
         raise UserError(f"{name} has no bias", where="adapter.lora_bias", fix=fix)
-    shapes = parts.load("delta", method.delta.name).shapes(base.in_features, base.out_features, r)
+    delta = parts.load("delta", method.delta.name)
+    if problem := getattr(delta, "problem", no_problem)(base.in_features, base.out_features, r):
+        raise UserError(f"{name} ({base.out_features}×{base.in_features}): {problem}", where="adapter.r")
+    combined = parts.load("combine", method.combine.name).shapes(base.out_features)
+    shapes = delta.shapes(base.in_features, base.out_features, r) | combined
     trains = parts.load("trainable", method.trainable.name).trains
-    count = sum(_product(shape) for tensor, shape in shapes.items() if trains(tensor))
+    frozen = getattr(delta, "FROZEN", frozenset())
+    count = sum(_product(shape) for key, shape in shapes.items() if trains(key) and key not in frozen)
     count += base.out_features if adapter.lora_bias else 0
-    scale = parts.load("scale", method.scale.name).scale(alpha, r, **method.scale.settings)
+    scaling = parts.settings("scale", method.scale)
+    scale = parts.load("scale", method.scale.name).scale(alpha, r, **scaling)
     return LayerSpec(name, kind, base.in_features, base.out_features, r, alpha, scale, count)
+
+
+def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:
+    """The plan with another r for some layers; their scale stays what it was."""
+    return replace(
+        plan,
+        layers=tuple(
+            replace(spec, r=ranks[spec.name], num_trainable=spec.num_trainable // spec.r * ranks[spec.name])
+            for spec in plan.layers
+        ),
+    )
+
+
+def no_problem(in_features: int, out_features: int, r: int) -> str | None:
+    """A delta that fits every shape says so by saying nothing."""
+    return None
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -211,12 +248,19 @@ def _also(wanted: tuple[str, ...], model: nn.Module, ends: Ends) -> tuple[str, .
         names = _also_one(word, model, ends)
         if not names:
             modules = [name for name, _ in model.named_modules() if name]
-            _require([], word, ["norms", "embeddings", "head", "biases", *modules], "adapter.train_also")
+            _require(
+                [],
+                word,
+                ["everything", "norms", "embeddings", "head", "biases", *modules],
+                "adapter.train_also",
+            )
         chosen.update(dict.fromkeys(names))
     return tuple(chosen)
 
 
 def _also_one(word: str, model: nn.Module, ends: Ends) -> list[str]:
+    if word == "everything":
+        return [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if word == "biases":
         return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
     if word == "norms":

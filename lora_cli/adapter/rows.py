@@ -28,7 +28,7 @@ class Rows(Delta):
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
         self.register_buffer("slots", slots, persistent=False)
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
         """Overwrite what the new tokens look up, or how they score."""
         if not self.base.reads_ids:
             bias = None if self.base.bias is None else self.base.bias[self.ids]

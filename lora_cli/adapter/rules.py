@@ -1,22 +1,32 @@
 """Which parts go together: each part's file says what it `needs` and what it `forbids`, here it is asked.
 
-Both map a fact to a reason. A fact is a chosen part, `init.zero_a`, or something about the model or the recipe:
-`dropout`, `lora_bias`, `base.embedding` ...
+Both map a fact to a reason. A fact is a chosen part, `init.zero_a`; `dropout`; a key of `adapter` that the recipe
+sets, `lora_bias`; a kind of base, `base.embedding`; or how the base is kept, `base.quantized`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from types import ModuleType
 
 from lora_cli import parts
 from lora_cli.errors import UserError
 from lora_cli.presets import Method
+from lora_cli.recipe.schema import AdapterRecipe
 
 
-def facts_of(method: Method) -> set[str]:
-    """What is known from the recipe alone."""
-    facts = {f"{axis}.{part.name}" for axis, part in method.chosen().items()}
+def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterable[str] = ()) -> set[str]:
+    """What is known before anything is computed.
+
+    Args:
+        method: the chosen parts.
+        adapter: the section of the recipe, for the keys that it sets.
+        bases: kinds of the layers to be adapted.
+    """
+    facts = {f"{axis}.{part.name}" for axis, chosen in method.chosen().items() for part in chosen}
     if method.dropout.settings.get("p"):
         facts.add("dropout")
-    return facts
+    if adapter is not None:
+        facts |= {key for key in adapter.model_fields_set if getattr(adapter, key)} - set(parts.AXES)
+    return facts | {f"base.{kind}" for kind in bases}
 
 
 def check(method: Method, facts: Collection[str]) -> None:
@@ -25,19 +35,18 @@ def check(method: Method, facts: Collection[str]) -> None:
     Raises:
         UserError: with the reason that the part gives.
     """
-    broken: list[UserError] = []
-    for axis, part in method.chosen().items():
-        module = parts.load(axis, part.name)
-        where = f"adapter.{axis}: {part.name}"
-        broken += [
-            UserError(f"cannot be combined with {fact}: {reason}", where=where)
-            for fact, reason in getattr(module, "forbids", {}).items()
-            if fact in facts
-        ]
-        broken += [
-            UserError(f"needs {fact}: {reason}", where=where)
-            for fact, reason in getattr(module, "needs", {}).items()
-            if fact not in facts
-        ]
+    chosen = [(axis, part.name) for axis, found in method.chosen().items() for part in found]
+    broken = [error for axis, name in chosen for error in _broken(axis, name, facts)]
     if broken:
         raise UserError.several(broken)
+
+
+def _broken(axis: str, name: str, facts: Collection[str]) -> Iterable[UserError]:
+    module: ModuleType = parts.load(axis, name)
+    where = f"{'train' if axis == 'optimizer' else 'adapter'}.{axis}: {name}"
+    for fact, reason in getattr(module, "forbids", {}).items():
+        if fact in facts:
+            yield UserError(f"cannot be combined with {fact}: {reason}", where=where)
+    for fact, reason in getattr(module, "needs", {}).items():
+        if not any(each in facts for each in fact.split(" or ")):
+            yield UserError(f"needs {fact}: {reason}", where=where)

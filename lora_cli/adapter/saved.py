@@ -23,7 +23,7 @@ class Ours(Section):
 
     lora_version: str = ""
     method: str = "lora"
-    parts: dict[str, Part] = Field(default={})
+    parts: dict[str, tuple[Part, ...]] = Field(default={})
     add_tokens: tuple[str, ...] = ()
     base_fingerprint: str | None = None
     layers: tuple[str, ...] = ()

@@ -88,6 +88,9 @@ def _written(value: Any) -> Any:
     """A value as a recipe would say it, in the shortest form."""
     if isinstance(value, Part):
         return _short_part(value)
+    if isinstance(value, tuple) and value and all(isinstance(item, Part) for item in value):
+        short = [_short_part(item) for item in value]
+        return short[0] if len(short) == 1 else short
     if isinstance(value, WeightedSource):
         told = value.model_dump(exclude_defaults=True)
         return told if len(told) > 1 else value.path

@@ -70,11 +70,12 @@ def check_parts(loaded: Loaded) -> None:
     found: list[UserError] = []
     for key, axis in axes().items():
         section, _, name = key.partition(".")
-        part = getattr(getattr(loaded.recipe, section), name)
-        if isinstance(part, Part):
-            settings = settings_of(axis, part.name)
-            top = (section, name, part.name)
-            found += explain.complaints(settings, part.settings, partial(_place_in, loaded), top)
+        written = getattr(getattr(loaded.recipe, section), name)
+        for part in written if isinstance(written, tuple) else [written]:
+            if isinstance(part, Part):
+                settings = settings_of(axis, part.name)
+                top = (section, name, part.name)
+                found += explain.complaints(settings, part.settings, partial(_place_in, loaded), top)
     if found:
         raise UserError.several(sorted(found, key=_position))
 

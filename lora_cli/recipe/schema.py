@@ -131,6 +131,32 @@ class DropoutAxis(Axis):
         return {"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, *known["anyOf"]]}
 
 
+@dataclass(frozen=True)
+class PartsAxis(Axis):
+    """An axis of which there may be several parts: one, or a list."""
+
+    expected = f"{Axis.expected}, or a list of them"
+
+    def read(self, value: Any) -> Any:
+        """Turn one or a list into a tuple of `Part`."""
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(super(PartsAxis, self).read(each) for each in values)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Only `read` decides."""
+        written = core_schema.plain_serializer_function_ser_schema(
+            lambda found: [asdict(each) for each in found]
+        )
+        return core_schema.no_info_plain_validator_function(self.read, serialization=written)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """What any axis takes, or a list of it."""
+        one = super().__get_pydantic_json_schema__(schema, handler)
+        return {"anyOf": [*one["anyOf"], {"type": "array", "items": one}]}
+
+
 class ModelRecipe(Section):
     """Which language model, and how its weights are kept in memory."""
 
@@ -301,7 +327,8 @@ class AdapterRecipe(Section):
     )
     train_also: tuple[NotEmpty, ...] = Field(
         default=(),
-        description="Trained in full beside the adapter: norms, embeddings, head, biases, or names of modules.",
+        description="Trained in full beside the adapter: norms, embeddings, head, biases, everything, or names of "
+        "modules.",
         examples=[["norms"]],
     )
     init: Annotated[Part, Axis("init")] | None = Field(
@@ -318,6 +345,12 @@ class AdapterRecipe(Section):
     )
     trainable: Annotated[Part, Axis("trainable")] | None = Field(
         default=None, description="Which factors train; default: the method's."
+    )
+    rank: Annotated[Part, Axis("rank")] | None = Field(
+        default=None, description="How r is shared out among the layers, and when; default: the method's."
+    )
+    lifecycle: Annotated[tuple[Part, ...], PartsAxis("lifecycle")] | None = Field(
+        default=None, description="What happens between steps: one part, or a list; default: the method's."
     )
 
 
@@ -348,9 +381,9 @@ class TrainRecipe(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Decoupled weight decay of AdamW."
     )
-    optimizer: Annotated[Part, Axis("optimizer")] = Field(
-        default=Part(name="adamw"),
-        description="How gradients become steps.",
+    optimizer: Annotated[Part, Axis("optimizer")] | None = Field(
+        default=None,
+        description="How gradients become steps; default: the method's, adamw for most.",
         json_schema_extra={"default": "adamw"},
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(

@@ -48,8 +48,13 @@ def check(loaded: Loaded, screen: Screen, rows: int) -> dict[str, Any]:
 
 def _with_preset(loaded: Loaded) -> list[tuple[str, str, str]]:
     """The resolved recipe; axes that it leaves to the method show the method's part."""
-    method = presets.resolve(loaded.recipe.adapter)
-    left = {f"adapter.{axis}": part.name for axis, part in method.chosen().items()}
+    recipe = loaded.recipe
+    method = presets.resolve(recipe.adapter, recipe.train.optimizer)
+    left = {
+        f"{'train' if axis == 'optimizer' else 'adapter'}.{axis}": ", ".join(part.name for part in found)
+        or "none"
+        for axis, found in method.chosen().items()
+    }
     return [
         (key, left[key], f"method {method.name}") if value == "null" and key in left else (key, value, origin)
         for key, value, origin in explained(loaded)

@@ -1,20 +1,16 @@
 """`lora export`: an adapter in a format that other tools read, proven to compute the same."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_cli import io_ops, parts
-from lora_cli.adapter import files, peft_format
-from lora_cli.adapter.delta import LowRank
+from lora_cli.adapter import files
 from lora_cli.adapter.inject import Adapter, inject
-from lora_cli.adapter.plan import LayerSpec
+from lora_cli.adapter.portable import Portable, as_lora
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import LanguageModel
-from lora_cli.presets import Method
 from lora_cli.run import probe
 from lora_cli.run.open import RECIPE, TEMPLATE, adapter_in, open_model, refuse_inside
 from lora_cli.screen import Screen
@@ -47,54 +43,30 @@ def export(path: Path, format: str, output: Path, screen: Screen, base: str | No
         rows = probe.rows_for(opened.language, opened.recipe)
         live = probe.logits(opened.language.model, rows)
         adapter.deactivate()
-        plain = adapter if peft_format.is_peft(adapter.plan) else as_low_rank(adapter)
-        files.save(made, plain, base or str(saved.base), saved.config.revision, saved.ours.add_tokens)
-        plain.deactivate()
+        exact = _as_lora(adapter)
+        named = base or str(saved.base)
+        files.write(made, exact, adapter.model, named, saved.config.revision, saved.ours.add_tokens)
         _carry_along(folder, made, opened.language)
         error = probe.distance(_reload(made, opened.language, rows), live)
         if not error <= TOLERANCE:
             what = f"its logits are {error:.1e} away from the adapter's, more than {TOLERANCE:.0e}"
             raise UserError(what, where="the exported adapter", code=ExitCode.VERIFICATION)
     screen.note(f"exported to {output}; read back, its logits differ by {error:.1e}")
-    return {"output": str(output), "format": format, "layers": len(plain.plan.layers), "logit_error": error}
+    return {"output": str(output), "format": format, "layers": len(exact.plan.layers), "logit_error": error}
 
 
-def as_low_rank(adapter: Adapter) -> Adapter:
-    """Plain LoRA that adds exactly the same, on the same model, beside the adapter; neither is active afterwards.
+def _as_lora(adapter: Adapter) -> Portable:
+    """LoRA that adds exactly the same.
 
     Raises:
-        UserError: a layer's ΔW is not a product of two thin matrices.
+        UserError: a layer's ΔW is not a product of two thin matrices, or there is none.
     """
-    adapter.deactivate()
-    method, combine = adapter.plan.method.name, adapter.plan.method.combine.name
-    factors = {name: delta.factors() for name, delta in adapter.deltas.items()}
-    exact = {name: each for name, each in factors.items() if each is not None}
-    if combine != "add" or len(exact) < len(factors):
-        where = next((name for name in factors if name not in exact), f"combine: {combine}")
-        what = f"{method} is no low-rank matrix added to the weight, and PEFT's LoRA is nothing else"
+    exact = as_lora(adapter)
+    if exact is None or not exact.plan.layers:
+        what = f"{adapter.plan.method.name} is no low-rank matrix added to the weight, and PEFT's LoRA is nothing else"
+        where = next((name for name, delta in adapter.deltas.items() if delta.factors() is None), "adapter")
         raise UserError(what, where=where, fix="merge it instead: lora merge", code=ExitCode.MODEL)
-    layers = tuple(_thin(spec, exact[spec.name][1].shape[0]) for spec in adapter.plan.layers)
-    plan = replace(adapter.plan, method=Method(name="lora"), layers=layers)
-    plain = inject(adapter.model, plan, name="exported")
-    with torch.no_grad():
-        for name, (B, A) in exact.items():
-            delta, shift = plain.deltas[name], adapter.deltas[name].shift()
-            assert isinstance(delta, LowRank), "which is what the method lora is made of"
-            delta.A.copy_(A)
-            delta.B.copy_(B)
-            if delta.bias is not None and shift is not None:
-                delta.bias.copy_(shift)
-        for end, rows in adapter.rows.items():
-            plain.rows[end].values.copy_(rows.values)
-        for name, parameter in adapter.also.items():
-            plain.also[name].copy_(parameter)
-    plain.deactivate()
-    return plain
-
-
-def _thin(spec: LayerSpec, r: int) -> LayerSpec:
-    """The scale is in the factors."""
-    return replace(spec, r=r, alpha=float(r), scale=1.0)
+    return exact
 
 
 def _carry_along(folder: Path, made: Path, language: LanguageModel) -> None:
@@ -109,6 +81,6 @@ def _carry_along(folder: Path, made: Path, language: LanguageModel) -> None:
 def _reload(made: Path, language: LanguageModel, rows: list[Tensor]) -> Tensor:
     """Logits with the adapter on disk; no other one is active."""
     saved = files.read(made)
-    again = inject(language.model, files.plan_of(saved, language.model, language.ends), name="read_back")
+    again = inject(language.model, files.plan_of(saved, language.model, language.ends))
     files.fill(again, saved)
     return probe.logits(language.model, rows)

@@ -117,7 +117,7 @@ def _refuse_unmergeable(adapter: Adapter) -> None:
         reason = None
         if not delta.mergeable:
             reason = f"what {adapter.plan.method.name} adds depends on the input, so no weight stands for it"
-        elif delta.shift() is not None and inject.adapted(adapter.model, name).base.bias is None:
+        elif delta.shift() is not None and adapter.layers[name].base.bias is None:
             reason = "it adds a bias, and the layer has none that could take it (lora_bias)"
         if reason is not None:
             raise UserError(f"cannot be merged: {reason}", where=name, code=ExitCode.MODEL)

@@ -39,7 +39,10 @@ def _explain_preset(name: str, screen: Screen) -> None:
     screen.heading(preset.title)
     screen.note(f"{preset.paper}\n\n{preset.when}\n")
     chosen = presets.Method(name=name, **preset.parts).chosen()
-    screen.table(["axis", "part", ""], [(a, p.name, _without_name(a, p.name)) for a, p in chosen.items()])
+    rows = [
+        (axis, part.name, _without_name(axis, part.name)) for axis, found in chosen.items() for part in found
+    ]
+    screen.table(["axis", "part", ""], rows)
     screen.note(f"\nin a recipe: adapter: {{method: {name}}}")
 
 

@@ -68,7 +68,7 @@ def open_model(
     language = models.load(_attending(_base_of(saved, trained, base, dtype), device), device)
     opened = Opened(language, {}, saved, trained)
     for name, each in saved.items():
-        opened.adapters[name] = _put_on(language, each, name)
+        opened.adapters[name] = _put_on(language, each)
         opened.use(None)  # the next one has to find the base's own parameters
     opened.use(next(iter(saved)))
     return opened
@@ -116,11 +116,10 @@ def refuse_inside(output: Path, *sources: Path) -> None:
             raise UserError(what, where=str(output), fix=fix, code=ExitCode.DISK)
 
 
-def _put_on(language: LanguageModel, saved: Saved, name: str) -> Adapter:
+def _put_on(language: LanguageModel, saved: Saved) -> Adapter:
     """Inject a saved adapter into a model that is in memory."""
     plan = files.plan_of(saved, language.model, language.ends)
-    # A folder may be called what a method of PyTorch's modules is called, such as `train`: hence the prefix.
-    adapter = inject(language.model, plan, name=f"adapter_{name}")
+    adapter = inject(language.model, plan)
     files.fill(adapter, saved)
     return adapter
 

@@ -6,26 +6,38 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli import model as models
+from lora_cli import parts
+from lora_cli.adapter import peft_format
 from lora_cli.adapter import plan as plans
 from lora_cli.adapter.inject import inject
 from lora_cli.adapter.plan import Plan
 from lora_cli.data import load as data
 from lora_cli.data.load import Datasets
-from lora_cli.data.pack import check_isolation
+from lora_cli.data.pack import check_isolation, epoch_order
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES, LanguageModel
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
+from lora_cli.train.measure import measure
+
+MEASURED_ROWS = 32
+"""Training rows that an init looks at which has no setting for it."""
 
 
 def plan_for(recipe: Recipe, language: LanguageModel) -> Plan:
     """The plan for a model in memory (or on the meta device)."""
     return plans.make(
-        recipe.adapter, language.model, language.ends, language.new_rows, untied=recipe.model.untie
+        recipe.adapter,
+        language.model,
+        language.ends,
+        language.new_rows,
+        untied=recipe.model.untie,
+        optimizer=recipe.train.optimizer,
     )
 
 
@@ -68,7 +80,9 @@ def training(
     check_fit(language.model, datasets)
     if recipe.data.packing:
         check_isolation(language.model)
-    adapter = inject(language.model, plan, recipe.train.seed)
+    precision = precision_of(recipe, language.model, accelerator.device)
+    plan, statistics = _measured(plan, language, datasets, recipe.train.seed, precision)
+    adapter = inject(language.model, plan, recipe.train.seed, statistics)
     if recipe.train.gradient_checkpointing:
         _recompute(language.model)
     language.model.train()
@@ -76,13 +90,37 @@ def training(
         model=language.model,
         adapter=adapter,
         examples=datasets.train,
-        optimizer=optim.make(adapter.trainable(), recipe.train),
+        optimizer=optim.make(adapter, recipe.train),
         train=recipe.train,
         accelerator=accelerator,
-        precision=precision_of(recipe, language.model, accelerator.device),
+        precision=precision,
         packing=recipe.data.packing,
         pad_id=language.pad_id,
     )
+
+
+def _measured(
+    plan: Plan, language: LanguageModel, datasets: Datasets, seed: int, precision: torch.dtype
+) -> tuple[Plan, dict[str, Tensor]]:
+    """What the init asks to know, on training rows drawn by lot; it may share the ranks out anew."""
+    part = plan.method.init
+    init = parts.load("init", part.name)
+    if not hasattr(init, "measures"):
+        return plan, {}
+    settings = parts.settings("init", part)
+    order = epoch_order(datasets.train, seed, 0)
+    statistics = measure(
+        init.measures,
+        language.model,
+        {spec.name: peft_format.base_of(language.model, spec.name) for spec in plan.layers},
+        datasets.train,
+        [int(row) for row in order[: settings.get("rows", MEASURED_ROWS)]],
+        precision=precision,
+        pad_id=language.pad_id,
+    )
+    if hasattr(init, "ranks"):
+        plan = plans.with_ranks(plan, init.ranks({s.name: s.r for s in plan.layers}, statistics, **settings))
+    return plan, statistics
 
 
 def precision_of(recipe: Recipe, model: PreTrainedModel, device: torch.device) -> torch.dtype:

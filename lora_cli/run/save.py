@@ -7,6 +7,7 @@ import torch
 
 from lora_cli import io_ops
 from lora_cli.adapter import files
+from lora_cli.adapter.portable import saved_form
 from lora_cli.data.load import Datasets
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.evaluate import generation
@@ -38,7 +39,7 @@ def adapter(folder: RunFolder, run: Training, recipe: Recipe, language: Language
 
 
 def _verify(folder: Path, run: Training) -> None:
-    on_disk, live = files.read(folder).tensors, files.peft_tensors(run.adapter)
+    on_disk, live = files.read(folder).tensors, saved_form(run.adapter).tensors
     if on_disk.keys() != live.keys() or not all(torch.equal(on_disk[key], live[key]) for key in live):
         what = "the adapter on disk is not the one that was trained"
         fix = "the checkpoints are untouched: run again with --resume"

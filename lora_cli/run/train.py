@@ -89,7 +89,7 @@ class Story:
         """Say what is about to happen."""
         run, counts = self.run, self.datasets.train.counts
         trained = sum(p.numel() for p in run.adapter.trainable().values())
-        total = sum(p.numel() for p in run.model.parameters()) - trained
+        total = models.size_of(run.model)
         self.screen.note(
             f"{self.recipe.model.name}: {size(total)} parameters, {size(trained)} trained "
             f"({trained / total:.2%}) in {len(run.adapter.plan.layers)} layers"

@@ -1,6 +1,6 @@
 """What is needed to go on exactly: adapter, optimizer, and a few numbers. Written whole, verified, rotated.
 
-checkpoints/step-000100/adapter.safetensors, optimizer.safetensors, state.json, MANIFEST.json
+checkpoints/step-000100/adapter.safetensors, optimizer.safetensors, lifecycle.safetensors, state.json, MANIFEST.json
 """
 
 import hashlib
@@ -39,6 +39,7 @@ def save(folder: Path, run: Training, progress: dict[str, Any]) -> Path:
         _save_tensors(
             made / "optimizer.safetensors", optim.named_state(run.optimizer, run.adapter.trainable())
         )
+        _save_tensors(made / "lifecycle.safetensors", _lifecycle_state(run) | _absorbed(run))
         io_ops.write_json(made / "state.json", state)
         io_ops.write_json(made / MANIFEST, {path.name: _described(path) for path in sorted(made.iterdir())})
     return target
@@ -60,11 +61,47 @@ def restore(folder: Path, run: Training) -> dict[str, Any]:
         for name, parameter in named.items():
             parameter.copy_(tensors[name])
     optim.restore_state(run.optimizer, run.adapter.trainable(), load_file(folder / "optimizer.safetensors"))
+    _restore_lifecycle(run, load_file(folder / "lifecycle.safetensors"))
+    _restore_absorbed(run, load_file(folder / "lifecycle.safetensors"))
     state = json.loads((folder / "state.json").read_text())
     run.step, run.skipped = state["step"], state["skipped"]
     run.connected = torch.tensor(state["connected"])
     run.scaler.load_state_dict(state["scaler"])
     return state["progress"]
+
+
+def _lifecycle_state(run: Training) -> dict[str, Tensor]:
+    return {
+        f"{index}|{key}": tensor
+        for index, lifecycle in enumerate(run.lifecycles)
+        for key, tensor in lifecycle.state().items()
+    }
+
+
+def _restore_lifecycle(run: Training, tensors: dict[str, Tensor]) -> None:
+    for index, lifecycle in enumerate(run.lifecycles):
+        mine = {key.partition("|")[2]: t for key, t in tensors.items() if key.startswith(f"{index}|")}
+        lifecycle.restore(mine)
+
+
+def _absorbed(run: Training) -> dict[str, Tensor]:
+    """The factors of what W took in; `absorbed|<layer>` alone, an empty tensor, where they are not remembered."""
+    found: dict[str, Tensor] = {}
+    for layer, pairs in run.adapter.absorbed.items():
+        if pairs is None:
+            found[f"absorbed|{layer}"] = torch.zeros(0)
+        for index, (B, A) in enumerate(pairs or ()):
+            found |= {f"absorbed|{layer}|{index}|B": B, f"absorbed|{layer}|{index}|A": A}
+    return found
+
+
+def _restore_absorbed(run: Training, tensors: dict[str, Tensor]) -> None:
+    for layer in run.adapter.absorbed:
+        pairs = run.adapter.absorbed[layer] = None if f"absorbed|{layer}" in tensors else []
+        device = run.adapter.layers[layer].base_layer.weight.device
+        while pairs is not None and f"absorbed|{layer}|{len(pairs)}|B" in tensors:
+            key = f"absorbed|{layer}|{len(pairs)}"
+            pairs.append((tensors[f"{key}|B"].to(device), tensors[f"{key}|A"].to(device)))
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

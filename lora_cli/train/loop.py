@@ -14,13 +14,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lora_cli import parts
 from lora_cli.adapter.inject import Adapter
+from lora_cli.adapter.lifecycle import Lifecycle
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import Batch
 from lora_cli.data.pack import epoch_order, micro_batches
@@ -29,6 +32,7 @@ from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
 from lora_cli.train.loss import loss_sum
+from lora_cli.train.measure import measure
 
 WATCHED_STEPS = 20
 """A tensor whose gradient was zero in all of the first so many steps is not connected to the loss."""
@@ -78,7 +82,15 @@ class Training:
         self.scaler = torch.amp.GradScaler(
             self.accelerator.device.type, enabled=self.precision is torch.float16
         )
+        method = self.adapter.plan.method
+        chosen = [("rank", method.rank), *(("lifecycle", part) for part in method.lifecycle)]
+        self.lifecycles: tuple[Lifecycle, ...] = tuple(
+            parts.load(axis, part.name).make(**parts.settings(axis, part)) for axis, part in chosen
+        )
+        for lifecycle in self.lifecycles:
+            lifecycle.setup(self)
         self.connected = torch.zeros(len(self.adapter.trainable()), dtype=torch.bool)
+        self.order, self.order_epoch = np.empty(0, dtype=np.int64), -1
         self.skipped = 0
         """Steps skipped because a gradient overflowed in float16; the scaler lowers its factor and goes on."""
 
@@ -98,6 +110,26 @@ class Training:
             return self.train.max_steps
         return math.ceil((self.train.epochs or 1) * self.steps_per_epoch)
 
+    def rows(self, step: int) -> list[int]:
+        """The examples of step 0, 1, ..."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self.order_epoch:
+            self.order, self.order_epoch = epoch_order(self.examples, self.train.seed, epoch), epoch
+        first = within * self.train.batch_size
+        return [int(row) for row in self.order[first : first + self.train.batch_size]]
+
+    def measure(self, kind: str) -> dict[str, Tensor]:
+        """What an init asks for, on the rows of the next step."""
+        return measure(
+            kind,
+            self.model,
+            {name: layer.base for name, layer in self.adapter.layers.items()},
+            self.examples,
+            self.rows(self.step),
+            precision=self.precision,
+            pad_id=self.pad_id,
+        )
+
 
 def train_steps(run: Training) -> Iterator[StepReport]:
     """Train from `run.step` to the end, yielding after each optimizer step.
@@ -105,14 +137,10 @@ def train_steps(run: Training) -> Iterator[StepReport]:
     Raises:
         UserError: a loss or gradient is not finite (nothing has been updated by it), or nothing is learned.
     """
-    order, order_epoch = None, -1
     while run.step < run.total_steps:
-        epoch, within = divmod(run.step, run.steps_per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = epoch_order(run.examples, run.train.seed, epoch), epoch
-        assert order is not None
-        first = within * run.train.batch_size
-        yield _step(run, [int(row) for row in order[first : first + run.train.batch_size]])
+        yield _step(run, run.rows(run.step))
+    for lifecycle in run.lifecycles:
+        lifecycle.finish(run)
     _check_connected(run, run.step)
 
 
@@ -120,15 +148,19 @@ def _step(run: Training, rows: list[int]) -> StepReport:
     """One optimizer step on these rows."""
     began = time.perf_counter()
     rate = optim.learning_rate(run.step, run.total_steps, run.train)
+    rate *= math.prod(lifecycle.rate(run.step) for lifecycle in run.lifecycles)
     optim.set_learning_rate(run.optimizer, rate)
     trained_tokens = int(run.examples.trained_counts[rows].sum())
     batches = _mine(run, rows)
     losses = [_backward(run, batch, index, trained_tokens) for index, batch in enumerate(batches)]
-    loss, grad_norm = _synchronise(run, losses)
+    _penalise(run)
+    loss, grad_norm = _synchronise(run, losses, rate)
     _check_finite(run, loss, grad_norm, losses, batches)
-    _watch(run, rate)
     _update(run, grad_norm)
     run.step += 1
+    for lifecycle in run.lifecycles:
+        lifecycle.stepped(run)
+    run.optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began
     tokens = int(run.examples.lengths[rows].sum())
     return StepReport(
@@ -174,11 +206,21 @@ def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> T
     return loss.detach()
 
 
+def _penalise(run: Training) -> None:
+    """Add the gradient of what the lifecycle puts on top of the loss, once a step; it has no share in the report."""
+    if not run.accelerator.is_main_process:
+        return  # gradients are summed over the processes
+    for lifecycle in run.lifecycles:
+        penalty = lifecycle.penalty(run)
+        if penalty is not None:
+            run.scaler.scale(penalty).backward()
+
+
 def _seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
-def _synchronise(run: Training, losses: list[Tensor]) -> tuple[float, float]:
+def _synchronise(run: Training, losses: list[Tensor], rate: float) -> tuple[float, float]:
     """Sum loss and gradients over the processes; returns the loss and the norm of the gradients."""
     loss = torch.stack(losses).sum()
     parameters = list(run.adapter.trainable().values())
@@ -190,6 +232,9 @@ def _synchronise(run: Training, losses: list[Tensor]) -> tuple[float, float]:
         for parameter in parameters:
             parameter.grad = cast(Tensor, run.accelerator.reduce(parameter.grad, "sum"))
     run.scaler.unscale_(run.optimizer)
+    _watch(run, rate)
+    for lifecycle in run.lifecycles:
+        lifecycle.gradients(run)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     loss, norm = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()  # the step's only wait
     return loss, norm
@@ -219,7 +264,7 @@ def _is_overflow(run: Training) -> bool:
 
 
 def _update(run: Training, grad_norm: float) -> None:
-    """Clip, step, and clear the gradients."""
+    """Clip and step."""
     parameters = list(run.adapter.trainable().values())
     limit = run.train.max_grad_norm
     if limit is not None and math.isfinite(grad_norm):
@@ -228,7 +273,6 @@ def _update(run: Training, grad_norm: float) -> None:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.skipped += not math.isfinite(grad_norm)
-    run.optimizer.zero_grad(set_to_none=True)
 
 
 def _watch(run: Training, rate: float) -> None:

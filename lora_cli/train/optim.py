@@ -7,22 +7,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_cli import parts
+from lora_cli.adapter.inject import Adapter
 from lora_cli.recipe.schema import TrainRecipe
 
 
-def make(trainable: dict[str, nn.Parameter], train: TrainRecipe) -> Optimizer:
-    """An optimizer over every trainable tensor, each in exactly one group.
+def make(adapter: Adapter, train: TrainRecipe) -> Optimizer:
+    """The method's optimizer over every trainable tensor, each in exactly one group.
 
-    Vectors (biases, norms) are not decayed: pulling them to zero has no meaning.
+    Vectors (biases, norms, magnitudes) are not decayed: pulling them to zero has no meaning.
     """
-    matrices = [p for p in trainable.values() if p.ndim > 1]
-    vectors = [p for p in trainable.values() if p.ndim <= 1]
+    named = adapter.trainable()
+    kinds = (
+        ({name: p for name, p in named.items() if p.ndim > 1}, train.weight_decay),
+        ({name: p for name, p in named.items() if p.ndim <= 1}, 0.0),
+    )
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": list(tensors.values()), "names": list(tensors), "weight_decay": decay}
+        for tensors, decay in kinds
+        if tensors
     ]
-    part = parts.load("optimizer", train.optimizer.name)
-    return part.make([group for group in groups if group["params"]], train, **train.optimizer.settings)
+    part = adapter.plan.method.optimizer
+    return parts.load("optimizer", part.name).make(
+        groups, train, adapter, **parts.settings("optimizer", part)
+    )
 
 
 def learning_rate(step: int, total_steps: int, train: TrainRecipe) -> float:

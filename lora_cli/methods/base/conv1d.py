@@ -24,9 +24,9 @@ class View(Base):
         """A Conv1D always has one."""
         return self.module.bias
 
-    def weight(self) -> Tensor:
-        """Transposed to [out, in]."""
-        return self.module.weight.detach().float().t()
+    def oriented(self, stored: Tensor) -> Tensor:
+        """Transposed."""
+        return stored.t()
 
     def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A new Conv1D."""

@@ -32,9 +32,9 @@ class View(Base):
         """A lookup has none."""
         return None
 
-    def weight(self) -> Tensor:
+    def oriented(self, stored: Tensor) -> Tensor:
         """Transposed to [dim, vocabulary]; the factor is not part of it."""
-        return self.module.weight.detach().float().t()
+        return stored.t()
 
     def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """The same kind of embedding, other values."""

@@ -23,10 +23,6 @@ class View(Base):
         """The module's own."""
         return self.module.bias
 
-    def weight(self) -> Tensor:
-        """Stored as it is used."""
-        return self.module.weight.detach().float()
-
     def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A new nn.Linear."""
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")

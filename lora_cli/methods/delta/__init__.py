@@ -1,1 +1,1 @@
-"""What ΔW is. A file exports `make(base, r, scale, dropout, bias)` and `shapes(in_features, out_features, r)`."""
+"""What ΔW is. A file exports `make(place)`, which returns a `Delta`, and `shapes(in_features, out_features, r)`."""

@@ -14,6 +14,6 @@ class Settings(Section):
     p: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Probability of being dropped.")
 
 
-def make(p: float = 0.0) -> nn.Module | None:
+def make(p: float) -> nn.Module | None:
     """nn.Dropout, or None at p = 0, so that the hot path has nothing to call."""
     return nn.Dropout(p) if p else None

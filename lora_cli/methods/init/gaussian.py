@@ -3,15 +3,17 @@
 The spread follows the common implementation, 1/r.
 """
 
-import torch
 from torch import nn
 
 from lora_cli.adapter.delta import LowRank
+from lora_cli.adapter.start import Start
+
+needs = {"delta.lowrank": "it fills A and B"}
 
 
-def init(delta: LowRank, generator: torch.Generator) -> None:
+def init(delta: LowRank, start: Start) -> None:
     """Fill A, zero B. For an embedding the other way round, as in `kaiming`."""
     r = delta.A.shape[0]
     drawn, zero = (delta.B, delta.A) if delta.reads_ids else (delta.A, delta.B)
-    nn.init.normal_(drawn, std=1 / r, generator=generator)
+    nn.init.normal_(drawn, std=1 / r, generator=start.generator)
     nn.init.zeros_(zero)

@@ -5,17 +5,19 @@ The model starts as the base. The default; nothing to tune.
 
 import math
 
-import torch
 from torch import nn
 
 from lora_cli.adapter.delta import LowRank
+from lora_cli.adapter.start import Start
+
+needs = {"delta.lowrank": "it fills A and B"}
 
 
-def init(delta: LowRank, generator: torch.Generator) -> None:
+def init(delta: LowRank, start: Start) -> None:
     """Fill A, zero B. For an embedding the authors zero A and draw B from N(0, 1): its input is one-hot."""
     if delta.reads_ids:
         nn.init.zeros_(delta.A)
-        nn.init.normal_(delta.B, generator=generator)
+        nn.init.normal_(delta.B, generator=start.generator)
         return
-    nn.init.kaiming_uniform_(delta.A, a=math.sqrt(5), generator=generator)
+    nn.init.kaiming_uniform_(delta.A, a=math.sqrt(5), generator=start.generator)
     nn.init.zeros_(delta.B)

@@ -3,13 +3,15 @@
 No two of the r directions overlap at the start, which matters most when A stays frozen (`trainable: lora_fa`).
 """
 
-import torch
 from torch import nn
 
 from lora_cli.adapter.delta import LowRank
+from lora_cli.adapter.start import Start
+
+needs = {"delta.lowrank": "it fills A and B"}
 
 
-def init(delta: LowRank, generator: torch.Generator) -> None:
+def init(delta: LowRank, start: Start) -> None:
     """Fill A from the QR of a Gaussian, zero B; A·Aᵀ = I when r ≤ in, else Aᵀ·A = I."""
-    nn.init.orthogonal_(delta.A, generator=generator)
+    nn.init.orthogonal_(delta.A, generator=start.generator)
     nn.init.zeros_(delta.B)

@@ -6,13 +6,15 @@ because it stands larger learning rates.
 
 import math
 
-import torch
 from torch import nn
 
 from lora_cli.adapter.delta import LowRank
+from lora_cli.adapter.start import Start
+
+needs = {"delta.lowrank": "it fills A and B"}
 
 
-def init(delta: LowRank, generator: torch.Generator) -> None:
+def init(delta: LowRank, start: Start) -> None:
     """Zero A, fill B."""
     nn.init.zeros_(delta.A)
-    nn.init.kaiming_uniform_(delta.B, a=math.sqrt(5), generator=generator)
+    nn.init.kaiming_uniform_(delta.B, a=math.sqrt(5), generator=start.generator)

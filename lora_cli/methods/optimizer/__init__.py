@@ -1,1 +1,1 @@
-"""How gradients become steps. A file exports `make(groups, train)`, which returns a torch optimizer."""
+"""How gradients become steps. A file exports `make(groups, train, adapter)`, which returns a torch optimizer."""

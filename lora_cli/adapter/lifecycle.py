@@ -1,0 +1,65 @@
+"""Lifecycle: what happens between steps. Every hook does nothing until a part overrides it.
+
+Whatever is random is drawn from (seed, step), between steps and never inside `forward`: there is no hidden state, so
+going on from a checkpoint is exact.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lora_cli.recipe.schema import TrainRecipe
+
+if TYPE_CHECKING:
+    from lora_cli.adapter.inject import Adapter
+
+
+class Run(Protocol):
+    """What a lifecycle sees of the training."""
+
+    adapter: "Adapter"
+    optimizer: Optimizer
+    train: TrainRecipe
+    step: int
+    """Optimizer steps done."""
+
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run."""
+        ...
+
+    def measure(self, kind: str) -> dict[str, Tensor]:
+        """Layer -> `inputs` or `gradients`, measured on the rows of the next step."""
+        ...
+
+
+class Lifecycle:
+    """Hooks, in the order in which they are called."""
+
+    def setup(self, run: Run) -> None:
+        """Once, before the first step or before a checkpoint is restored."""
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rate of step 0, 1, ..."""
+        return 1.0
+
+    def penalty(self, run: Run) -> Tensor | None:
+        """Added to the loss, once per optimizer step."""
+        return None
+
+    def gradients(self, run: Run) -> None:
+        """After the last backward pass of a step, before clipping."""
+
+    def stepped(self, run: Run) -> None:
+        """After the optimizer's step; `run.step` counts it."""
+
+    def finish(self, run: Run) -> None:
+        """After the last step, before the adapter is saved."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What has to be in a checkpoint."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""

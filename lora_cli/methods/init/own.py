@@ -1,0 +1,15 @@
+"""own: the start that the delta's file gives it, at which ΔW = 0 and nothing is left to choose.
+
+For the deltas that are no product of A and B: additive, miss, vera.
+"""
+
+from lora_cli.adapter.delta import Delta
+from lora_cli.adapter.start import Start
+
+needs = {
+    "delta.additive or delta.miss or delta.vera or delta.whole": "A and B start at zero, from where no step leads"
+}
+
+
+def init(delta: Delta, start: Start) -> None:
+    """Leave it as it is."""

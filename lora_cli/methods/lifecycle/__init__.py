@@ -1,0 +1,1 @@
+"""What happens between steps. A file exports `make()`, which returns a `Lifecycle`."""

@@ -1,0 +1,133 @@
+"""restart: every so many steps W takes ΔW in and a fresh ΔW starts, so that the rank grows. arXiv:2307.05695
+
+Train, merge, start again: serial LoRA, ReLoRA, COLA (arXiv:2401.04151), XGBLoRA (arXiv:2410.19694), and with the
+right start of the frozen factor Flora (arXiv:2402.03293) and GaLore (arXiv:2403.03507). W is kept in float32 beside
+the base, which stays as it is; what is saved is exact factors while these are smaller than W, else W.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lora_cli import parts
+from lora_cli.adapter.lifecycle import Lifecycle, Run
+from lora_cli.adapter.seed import generator_of
+from lora_cli.adapter.start import Start
+from lora_cli.recipe.schema import Section
+
+if TYPE_CHECKING:
+    pass
+
+forbids = {
+    "combine.dora": "its lengths are those of W0 + ΔW, and W0 would change under them",
+    "base.quantized": "every restart would quantise W anew, and lose what was learned",
+    "lora_bias": "the bias of B would be lost at every restart",
+    "rank.adalora": "a rank controller decides over a whole run, not over the piece between two restarts",
+    "delta.vera": "all layers share one A and B, which cannot start anew",
+    "delta.whole": "there is nothing that could be merged",
+}
+
+
+class Settings(Section):
+    """Settings in a recipe: `{restart: {every: 100}}`."""
+
+    every: Annotated[int, Field(ge=1)] = Field(
+        default=100, description="Optimizer steps from start to start."
+    )
+    moments: Annotated[float, Field(ge=0, le=1)] | Literal["carry"] = Field(
+        default=0.0,
+        description="Share of Adam's moments that is kept at a restart (0: it starts anew, 1: all); carry: the first "
+        "moment is taken along into the new projection.",
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Steps over which the learning rate rises again after a restart."
+    )
+    layers: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Only so many layers, drawn by lot at every start, learn until the next; default: all.",
+    )
+
+
+class Restart(Lifecycle):
+    """Counts steps; everything random follows from (seed, step)."""
+
+    def __init__(self, every: int, moments: float | str, warmup: int, layers: int | None) -> None:
+        """As in a recipe."""
+        self.every, self.moments, self.warmup, self.layers = every, moments, warmup, layers
+
+    def setup(self, run: Run) -> None:
+        """W of every layer will move."""
+        for name in run.adapter.layers:
+            run.adapter.move(name)
+
+    def rate(self, step: int) -> float:
+        """Rises after every restart but the first start."""
+        since = step % self.every
+        return (since + 1) / (self.warmup + 1) if step >= self.every and since < self.warmup else 1.0
+
+    def gradients(self, run: Run) -> None:
+        """Layers that were not drawn do not learn."""
+        if self.layers is None:
+            return
+        chosen = drawn(list(run.adapter.layers), self.layers, run.train.seed, run.step // self.every)
+        for name, layer in run.adapter.layers.items():
+            if name not in chosen:
+                for parameter in layer.own_tensors().values():
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def stepped(self, run: Run) -> None:
+        """Merge and start again, unless the run is over."""
+        if run.step % self.every or run.step == run.total_steps:
+            return
+        method = run.adapter.plan.method
+        init = parts.load("init", method.init.name)
+        settings = parts.settings("init", method.init)
+        kind = getattr(init, "measures", None)
+        for name in run.adapter.layers:
+            run.adapter.absorb(name)
+        measured = run.measure(kind) if kind else {}
+        for name, layer in run.adapter.layers.items():
+            before = {key: p.detach().clone() for key, p in layer.delta.named_parameters()}
+            generator = generator_of(run.train.seed, f"{name}@{run.step}")
+            init.init(layer.delta, Start(layer.base, generator, measured.get(name)), **settings)
+            for key, parameter in layer.delta.named_parameters():
+                self._forget(run, key, parameter, before, layer.delta, name)
+
+    def _forget(
+        self,
+        run: Run,
+        key: str,
+        parameter: nn.Parameter,
+        before: dict[str, Tensor],
+        delta: nn.Module,
+        name: str,
+    ) -> None:
+        """What the optimizer remembers of one factor."""
+        state = run.optimizer.state.get(parameter)
+        if not state or self.moments == 1:
+            return
+        if self.moments == 0:
+            del run.optimizer.state[parameter]
+        elif self.moments == "carry":
+            if key == "B" and "exp_avg" in state:
+                # B's moment, times the old A, is a moment of W; the new A projects it again.
+                state["exp_avg"].copy_(state["exp_avg"] @ before["A"] @ delta.get_parameter("A").t())
+        else:
+            assert isinstance(self.moments, float)
+            generator = generator_of(run.train.seed, f"moments of {name}.{key}@{run.step}")
+            for moment in (state.get("exp_avg"), state.get("exp_avg_sq")):
+                if moment is not None:
+                    kept = torch.rand(moment.shape, generator=generator) < self.moments
+                    moment.mul_(kept.to(moment.device))
+
+
+make = Restart
+
+
+def drawn(names: list[str], count: int, seed: int, number: int) -> set[str]:
+    """The layers that learn between restart `number` and the next."""
+    order = torch.randperm(len(names), generator=generator_of(seed, f"layers@{number}")).tolist()
+    return {names[index] for index in order[:count]}

@@ -1,0 +1,1 @@
+"""How many columns B has in each layer, and when. A file exports `make()`, which returns a `Lifecycle`."""

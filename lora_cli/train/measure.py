@@ -1,0 +1,106 @@
+"""What inits ask to know about a layer: how its inputs vary, or the gradient of its W, on training rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_cli.adapter.base import Base
+from lora_cli.data.cache import Examples
+from lora_cli.data.pack import micro_batches
+from lora_cli.model import computing
+from lora_cli.train.loss import loss_sum
+
+
+def measure(
+    kind: str,
+    model: PreTrainedModel,
+    bases: Mapping[str, Base],
+    examples: Examples,
+    rows: Sequence[int],
+    *,
+    precision: torch.dtype,
+    pad_id: int,
+) -> dict[str, Tensor]:
+    """Layer -> what is asked for, float32; the model is left as it was, but for no gradient being kept.
+
+    Args:
+        kind: `inputs`: E[x·xᵀ] over all tokens, [in, in]; `gradients`: of the loss per trained token, [out, in].
+        model: plain, or with an active adapter; it computes in the mode it is in.
+        bases: the layers, by name.
+        examples: the training examples.
+        rows: those to look at.
+        precision: what the model computes in.
+        pad_id: fills up rows, of which there is one at a time, so none is filled up.
+    """
+    measured = {"inputs": _Inputs, "gradients": _Gradients}[kind](bases)
+    device = next(model.parameters()).device
+    tokens = int((examples.trained_counts if kind == "gradients" else examples.lengths)[list(rows)].sum())
+    batches = micro_batches(examples, rows, max_tokens=None, max_rows=1, packing=False, pad_id=pad_id)
+    with measured, computing(model, precision):
+        for batch in batches:
+            measured.step(lambda batch=batch: loss_sum(model, batch, device))
+    return {name: total / tokens for name, total in measured.totals.items()}
+
+
+class _Inputs:
+    """Σ x·xᵀ, by hooks that see what goes into each layer."""
+
+    def __init__(self, bases: Mapping[str, Base]) -> None:
+        self.bases = bases
+        self.totals = {
+            name: torch.zeros(base.in_features, base.in_features, device=base.module.weight.device)
+            for name, base in bases.items()
+        }
+
+    def __enter__(self) -> "_Inputs":
+        self.handles = [
+            base.module.register_forward_pre_hook(self._hook(name)) for name, base in self.bases.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def seen(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach().flatten(0, -2).float()
+            self.totals[name].addmm_(x.t(), x)
+
+        return seen
+
+    def step(self, forward: Callable[[], Tensor]) -> None:
+        with torch.no_grad():
+            forward()
+
+
+class _Gradients:
+    """Σ ∂L/∂W, by letting the W of each layer require a gradient for a while."""
+
+    def __init__(self, bases: Mapping[str, Base]) -> None:
+        self.bases = bases
+        self.totals = {
+            name: torch.zeros(base.out_features, base.in_features, device=base.module.weight.device)
+            for name, base in bases.items()
+        }
+
+    def __enter__(self) -> "_Gradients":
+        self.before = {name: base.module.weight.requires_grad for name, base in self.bases.items()}
+        for base in self.bases.values():
+            base.module.weight.requires_grad_(True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, base in self.bases.items():
+            base.module.weight.requires_grad_(self.before[name])
+
+    def step(self, forward: Callable[[], Tensor]) -> None:
+        weights = [base.module.weight for base in self.bases.values()]
+        with torch.enable_grad():
+            found = torch.autograd.grad(forward(), weights, allow_unused=True)
+        for (name, base), gradient in zip(self.bases.items(), found, strict=True):
+            if gradient is not None:
+                self.totals[name] += base.oriented(gradient).float()
