@@ -66,6 +66,12 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "adapter.delta": or_null(st.just("lowrank")),
     "adapter.combine": or_null(st.just("add")),
     "adapter.trainable": or_null(st.sampled_from(["all", "lora_fa"])),
+    "adapter.rank": or_null(st.just("fixed")),
+    "adapter.lifecycle": or_null(
+        st.sampled_from(
+            [[], "restart", ["delta_lora"], {"restart": {"every": 5}}, [{"restart": {}}, "delta_lora"]]
+        )
+    ),
     "train.epochs": or_null(POSITIVE),
     "train.max_steps": or_null(COUNT),
     "train.batch_size": COUNT,
@@ -76,7 +82,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "train.warmup_steps": or_null(st.integers(0, 100)),
     "train.min_learning_rate": st.floats(0, 1e-6),
     "train.weight_decay": st.floats(0, 10),
-    "train.optimizer": st.just("adamw"),
+    "train.optimizer": or_null(st.sampled_from(["adamw", {"lora_plus": {"ratio": 8.0}}])),
     "train.betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2),
     "train.max_grad_norm": or_null(POSITIVE),
     "train.precision": DTYPE,
@@ -155,6 +161,16 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "adapter.delta": PART_WRONG,
     "adapter.combine": PART_WRONG,
     "adapter.trainable": PART_WRONG,
+    "adapter.rank": PART_WRONG,
+    "adapter.lifecycle": (
+        "no_such",
+        5,
+        True,
+        [5],
+        ["no_such"],
+        {"restart": 5},
+        [{"restart": {}, "serial": {}}],
+    ),
     "train.epochs": (0, *NUMBER_WRONG),
     "train.max_steps": (*COUNT_WRONG[:6], *COUNT_WRONG[7:]),
     "train.batch_size": COUNT_WRONG,
@@ -165,7 +181,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "train.warmup_steps": COUNT_WRONG[1:6],
     "train.min_learning_rate": (*NUMBER_WRONG, None),
     "train.weight_decay": (*NUMBER_WRONG, None),
-    "train.optimizer": (*PART_WRONG, None),
+    "train.optimizer": PART_WRONG,
     "train.betas": ([0.9], [0.9, 1], [0.9, 0.9, 0.9], ["a", 0.9], 0.9, None, [True, 0.5]),
     "train.max_grad_norm": (0, *NUMBER_WRONG),
     "train.precision": CHOICE_WRONG,

@@ -316,7 +316,7 @@ def test_an_adapter_stored_in_16_bits_is_computed_in_32(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("kind", "config", "reason"),
     [
-        ("llama", {"target_modules": ["q_proj"], "use_dora": True}, "uses use_dora"),
+        ("llama", {"target_modules": ["q_proj"], "use_rslora": True, "use_qalora": True}, "uses use_qalora"),
         (
             "llama",
             {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},

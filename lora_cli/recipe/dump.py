@@ -160,6 +160,8 @@ def _default(field: FieldInfo) -> Any:
 def _spell_out(schema: dict[str, Any], axis: str) -> None:
     """Put the settings of each part where the schema says only that there is a mapping."""
     for kind in schema["anyOf"]:
+        if "items" in kind:
+            _spell_out(kind["items"], axis)
         names = kind.pop("propertyNames", {}).get("enum", ())
         if names:
             settings = {name: settings_of(axis, name).model_json_schema() for name in names}

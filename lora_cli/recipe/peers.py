@@ -94,7 +94,6 @@ RENAMED = {
     "peft_type": "adapter.method",
     "lora_r": "adapter.r",
     "lora_rank": "adapter.r",
-    "rank": "adapter.r",
     "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
     "init_lora_weights": "adapter.init",

@@ -132,6 +132,19 @@ class DropoutAxis(Axis):
 
 
 @dataclass(frozen=True)
+class RankAxis(Axis):
+    """The rank axis; other tools call r so."""
+
+    name: str = "rank"
+
+    def read(self, value: Any) -> Any:
+        """Turn a name, or a name with settings, into a `Part`; a number is meant as r."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            raise ValueError(f"'rank' names what controls r over time; set 'r: {value}' instead")
+        return super().read(value)
+
+
+@dataclass(frozen=True)
 class PartsAxis(Axis):
     """An axis of which there may be several parts: one, or a list."""
 
@@ -346,7 +359,7 @@ class AdapterRecipe(Section):
     trainable: Annotated[Part, Axis("trainable")] | None = Field(
         default=None, description="Which factors train; default: the method's."
     )
-    rank: Annotated[Part, Axis("rank")] | None = Field(
+    rank: Annotated[Part, RankAxis()] | None = Field(
         default=None, description="How r is shared out among the layers, and when; default: the method's."
     )
     lifecycle: Annotated[tuple[Part, ...], PartsAxis("lifecycle")] | None = Field(

@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from lora_cli.adapter.delta import Place
 
+needs = {"init.own": "it starts as W0"}
+
 
 def make(place: Place) -> NoReturn:
     """Never called: the plan lists W among the parameters that are trained in full."""

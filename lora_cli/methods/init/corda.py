@@ -14,7 +14,6 @@ from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 from lora_cli.recipe.schema import Section
 
-needs = {"delta.lowrank": "it fills A and B"}
 forbids = {"base.embedding": "its inputs are token ids, of which there is no covariance"}
 measures = "inputs"
 

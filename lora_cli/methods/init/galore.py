@@ -11,7 +11,6 @@ from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
 measures = "gradients"
-needs = {"delta.lowrank": "it fills A and B"}
 
 
 def init(delta: LowRank, start: Start) -> None:

@@ -8,8 +8,6 @@ from torch import nn
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
-needs = {"delta.lowrank": "it fills A and B"}
-
 
 def init(delta: LowRank, start: Start) -> None:
     """Fill A, zero B. For an embedding the other way round, as in `kaiming`."""

@@ -10,8 +10,6 @@ from torch import nn
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
-needs = {"delta.lowrank": "it fills A and B"}
-
 
 def init(delta: LowRank, start: Start) -> None:
     """Fill A, zero B. For an embedding the authors zero A and draw B from N(0, 1): its input is one-hot."""

@@ -8,8 +8,6 @@ import torch
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
-needs = {"delta.lowrank": "it fills A and B"}
-
 
 def init(delta: LowRank, start: Start) -> None:
     """BᵀB = I; A is upper-trapezoidal. s·B·A is subtracted."""

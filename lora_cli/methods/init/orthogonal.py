@@ -8,8 +8,6 @@ from torch import nn
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
-needs = {"delta.lowrank": "it fills A and B"}
-
 
 def init(delta: LowRank, start: Start) -> None:
     """Fill A from the QR of a Gaussian, zero B; A·Aᵀ = I when r ≤ in, else Aᵀ·A = I."""

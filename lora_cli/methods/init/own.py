@@ -6,9 +6,7 @@ For the deltas that are no product of A and B: additive, miss, vera.
 from lora_cli.adapter.delta import Delta
 from lora_cli.adapter.start import Start
 
-needs = {
-    "delta.additive or delta.miss or delta.vera or delta.whole": "A and B start at zero, from where no step leads"
-}
+forbids = {"delta.lowrank": "A and B would both be zero, from where no step leads"}
 
 
 def init(delta: Delta, start: Start) -> None:

@@ -9,8 +9,6 @@ from torch import nn
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
-needs = {"delta.lowrank or delta.two_sided": "it fills their factors"}
-
 
 def init(delta: LowRank, start: Start) -> None:
     """Draw A, or P and Q."""

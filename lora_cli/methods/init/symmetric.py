@@ -13,8 +13,6 @@ from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 from lora_cli.recipe.schema import Section
 
-needs = {"delta.lowrank": "it fills A and B"}
-
 
 class Settings(Section):
     """Settings in a recipe: `{symmetric: {size: 0.05}}`."""

@@ -11,8 +11,6 @@ from torch import nn
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
-needs = {"delta.lowrank": "it fills A and B"}
-
 
 def init(delta: LowRank, start: Start) -> None:
     """Zero A, fill B."""
