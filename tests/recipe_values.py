@@ -46,7 +46,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "data.packing": FLAG,
     "adapter.method": st.sampled_from(["lora", "rslora"]),
     "adapter.r": COUNT,
-    "adapter.alpha": POSITIVE,
+    "adapter.alpha": or_null(POSITIVE),
     "adapter.dropout": st.one_of(
         st.floats(0, 0.99), st.just(0), st.just("standard"), st.just({"standard": {"p": 0.5}})
     ),

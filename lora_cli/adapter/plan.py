@@ -18,6 +18,8 @@ from lora_cli.parts import Part
 from lora_cli.presets import Method
 from lora_cli.recipe.schema import AdapterRecipe
 
+ALPHA = 32.0
+"""Where the recipe names none: twice the default r."""
 WHOLE = "whole"
 """The delta that is no delta: W itself trains."""
 
@@ -200,7 +202,7 @@ def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Met
     controller = parts.load("rank", method.rank.name)
     if hasattr(controller, "initial_r"):
         r = controller.initial_r(r, **parts.settings("rank", method.rank))
-    alpha = float(first_match(adapter.alpha_pattern, name) or adapter.alpha)
+    alpha = float(first_match(adapter.alpha_pattern, name) or adapter.alpha or ALPHA)
     if adapter.lora_bias and base.bias is None:
         fix = "leave it out: without a bias in the layer it could never be merged"
         raise UserError(f"{name} has no bias", where="adapter.lora_bias", fix=fix)

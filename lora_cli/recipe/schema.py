@@ -300,8 +300,10 @@ class AdapterRecipe(Section):
     r: Positive = Field(
         default=16, description="Columns of B and rows of A; trainable parameters grow linearly with it."
     )
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        default=32.0, description="Numerator of the scale; lora: s = alpha / r."
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Numerator of the scale; lora: s = alpha / r. Default: 32; none where s is the method's own.",
+        examples=[32],
     )
     dropout: Annotated[Part, DropoutAxis()] = Field(
         default=Part(name="standard", settings={"p": 0.0}),

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from lora_cli import __version__
+from lora_cli.adapter.plan import Plan
 from lora_cli.recipe.dump import to_yaml
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train.loop import Training
@@ -17,8 +18,7 @@ def card(recipe: Recipe, run: Training, log: list[dict[str, Any]]) -> str:
     trained = sum(p.numel() for p in run.adapter.trainable().values())
     facts = [
         f"- base: `{recipe.model.name}`",
-        f"- method: {plan.method.name}, r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}, "
-        f"{len(plan.layers)} layers, {trained:,} trained parameters",
+        f"- method: {plan.method.name}{_size(plan)}, {trained:,} trained parameters",
         f"- data: {run.examples.counts.examples:,} examples, {run.examples.counts.trained_tokens:,} trained tokens",
         f"- steps: {run.step:,} of {recipe.train.batch_size} examples",
     ]
@@ -52,3 +52,13 @@ Made with lora-cli {__version__} from this recipe:
 {to_yaml(recipe).rstrip()}
 ```
 """
+
+
+def _size(plan: Plan) -> str:
+    """Ranks and scales, where layers have them."""
+    if not plan.layers:
+        return ""
+    ranks, scales = {spec.r for spec in plan.layers}, {spec.scale for spec in plan.layers}
+    r = f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+    s = f", scale {min(scales):g}" if len(scales) == 1 else ""
+    return f", r {r}{s} in {len(plan.layers)} layers"
