@@ -78,7 +78,23 @@ def settings(axis: str, part: Part) -> dict[str, Any]:
 
 def docstring(axis: str, name: str) -> str:
     """The documentation of a part, read from its file without importing it."""
-    return ast.get_docstring(ast.parse((METHODS / axis / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    return ast.get_docstring(_parsed(axis, name)) or ""
+
+
+def declared(axis: str, name: str) -> list[tuple[str, Any, str]]:
+    """The settings of a part with their defaults and meanings, read from its file without importing it."""
+    classes = [node for node in _parsed(axis, name).body if isinstance(node, ast.ClassDef)]
+    fields = [field for node in classes if node.name == "Settings" for field in node.body]
+    found: list[tuple[str, Any, str]] = []
+    for each in fields:
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and isinstance(each.value, ast.Call):
+            said = {word.arg: ast.literal_eval(word.value) for word in each.value.keywords if word.arg}
+            found.append((each.target.id, said.get("default"), str(said.get("description", ""))))
+    return found
+
+
+def _parsed(axis: str, name: str) -> ast.Module:
+    return ast.parse((METHODS / axis / f"{name}.py").read_text(encoding="utf-8"))
 
 
 def summary(axis: str, name: str) -> str:
