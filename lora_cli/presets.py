@@ -134,8 +134,8 @@ PRESETS: dict[str, Preset] = {
     "optimizer_view": Preset(
         title="LoRA as an optimizer: the layer is left alone, its gradient is projected onto A and B",
         paper="kexue.fm/archives/9590",
-        when="The same steps as LoRA; when the two thin products cost more than the gradient of W, as with very "
-        "many small layers and few tokens.",
+        when="To study LoRA as an optimizer: its steps are LoRA's, to rounding. Slower than LoRA, because the gradient "
+        "of every W is computed, and with a float32 copy of W in memory.",
         parts={"combine": Part(name="optimizer_view")},
     ),
     "random_projection": Preset(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def _with_preset(loaded: Loaded) -> list[tuple[str, str, str]]:
 
 def trained_parameters(plan: Plan, language: LanguageModel) -> int:
     """Numbers that will train: the adapter, what `train_also` adds, and the rows of new tokens."""
-    shapes = {name: p.numel() for name, p in language.model.named_parameters(remove_duplicate=False)}
+    known = dict(language.model.named_parameters(remove_duplicate=False))
+    in_full = {id(known[name]) if plan.ends.tied else name: known[name].numel() for name in plan.also}
     embeddings = models.end_modules(language.model)[0]
     rows = len(plan.new_rows) * embeddings.embedding_dim * (1 if plan.ends.tied else 2)
-    return sum(spec.num_trainable for spec in plan.layers) + sum(shapes[name] for name in plan.also) + rows
+    return sum(spec.num_trainable for spec in plan.layers) + sum(in_full.values()) + rows
 
 
 def show_plan(plan: Plan, language: LanguageModel, screen: Screen) -> None:
@@ -77,12 +79,14 @@ def show_plan(plan: Plan, language: LanguageModel, screen: Screen) -> None:
         key = (spec.name.rpartition(".")[2], spec.out_features, spec.in_features, spec.r, spec.scale)
         groups[key] = groups.get(key, 0) + 1
     trainable = {spec.name.rpartition(".")[2]: spec.num_trainable for spec in plan.layers}
-    screen.table(
-        ["module", "layers", "out × in", "r", "scale", "trained"],
-        [(n, count, f"{o}×{i}", r, s, count * trainable[n]) for (n, o, i, r, s), count in groups.items()],
-    )
-    for name in plan.also:
-        screen.note(f"trained in full: {name}")
+    if groups:
+        screen.table(
+            ["module", "layers", "out × in", "r", "scale", "trained"],
+            [(n, count, f"{o}×{i}", r, s, count * trainable[n]) for (n, o, i, r, s), count in groups.items()],
+        )
+    in_full = Counter(".".join(name.split(".")[-2:]) for name in plan.also)
+    if in_full:
+        screen.table(["trained in full", "tensors"], list(in_full.items()))
     total = sum(p.numel() for p in language.model.parameters())
     trained = trained_parameters(plan, language)
     screen.note(f"{size(trained)} of {size(total)} parameters train: {trained / total:.2%}")
