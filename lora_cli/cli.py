@@ -122,13 +122,50 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", help="Where predictions.jsonl goes; default: the run folder."),
     ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Leave the base out, when its numbers are known.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure base and adapter side by side on the same held-out rows; writes predictions.jsonl."""
     from lora_cli.run.evaluate import evaluate
 
     screen = Screen()
-    screen.result(evaluate(path, recipe, overrides or [], screen, base=base, output=output), as_json)
+    report = evaluate(
+        path, recipe, overrides or [], screen, base=base, output=output, adapter_only=adapter_only
+    )
+    screen.result(report, as_json)
+
+
+@app.command()
+def compare(
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(help="Several recipes, or one with a section `compare`.", metavar="RECIPE..."),
+    ],
+    overrides: Overrides = None,
+    seeds: Annotated[
+        int, typer.Option(help="Runs of each variant, with seeds one after another.", min=1)
+    ] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the comparison; default: runs/<name>-compare."),
+    ] = None,
+    unequal: Annotated[
+        bool, typer.Option("--unequal", help="Allow other budgets, data or models; the table says so.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train variants under one budget and measure them alike: a table, a picture, and a page.
+
+    Stopped or failed, the same command goes on; --output DIR holds compare.html, .md, .png and .json.
+    """
+    from lora_cli.run.compare import check_complete, compare, plan
+
+    planned, screen = plan(recipes, overrides or [], seeds=seeds, output=output, unequal=unequal), Screen()
+    report = compare(planned, screen)
+    screen.result(report, as_json)
+    check_complete(report)
 
 
 @app.command()

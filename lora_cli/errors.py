@@ -33,6 +33,8 @@ class ExitCode(IntEnum):
     """Not even one example fits in memory."""
     MODEL = 11
     """The model is missing, of the wrong kind, or does not fit the adapter."""
+    PARTLY = 12
+    """Some runs of a comparison failed; the others are finished."""
     INTERRUPTED = 75
     """Stopped by a signal; the same command with --resume goes on."""
 

@@ -88,3 +88,68 @@ class Steps:
             self.console.print(
                 f"step {report.step}/{self.total}  {line}  left {duration(left)}", markup=False
             )
+
+
+class Runs:
+    """Progress over several runs: what is running, k of n, and how long it may still take."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        """`done` were finished before."""
+        self.console, self.total = console, total
+        self.number = done
+        """Of the run that is under way, from 1."""
+        self.seconds: list[float] = []
+        """Of each run finished here."""
+        self.began, self.said, self.title = time.perf_counter(), 0, ""
+        self.bar = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> "Runs":
+        """Show the bar."""
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last state of the bar."""
+        self.bar.stop()
+
+    def started(self, title: str) -> None:
+        """Begin with the next run."""
+        self.number += 1
+        self.began, self.said, self.title = time.perf_counter(), 0, title
+        left = f"  left {duration(self.left(0))}" if self.seconds else ""
+        self._plain(f"run {self.number}/{self.total}  {title}{left}")
+        self.moved(0, "starting")
+
+    def moved(self, share: float, what: str) -> None:
+        """Show that this share of the run is done; plain lines at every quarter."""
+        known = bool(self.seconds) or share > 0
+        left = f"  left {duration(self.left(share))}" if known else ""
+        self.bar.update(self.task, description=f"{self.title}  {what}{left}")
+        if int(4 * share) > self.said:
+            self.said = int(4 * share)
+            self._plain(f"  {what}{left}")
+
+    def ended(self, what: str, failed: bool = False) -> None:
+        """The run is over; only what was done counts for how long the others will take."""
+        if not failed:
+            self.seconds.append(time.perf_counter() - self.began)
+        self.bar.update(self.task, completed=self.number)
+        self.console.print(f"{'! ' * failed}{what}", style="yellow" if failed else None, markup=False)
+
+    def left(self, share: float) -> float:
+        """Seconds: as long as the runs before took on average, or at the pace of this one."""
+        spent = time.perf_counter() - self.began
+        one = sum(self.seconds) / len(self.seconds) if self.seconds else spent / share
+        return max(one - spent, one * (1 - share), 0) + one * (self.total - self.number)
+
+    def _plain(self, line: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(line, markup=False)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from lora_cli.progress import Counter, Steps
+    from lora_cli.progress import Counter, Runs, Steps
 
 
 class Screen:
@@ -71,6 +71,14 @@ class Screen:
 
         with Counter(self.console, what, total) as counter:
             yield counter
+
+    @contextmanager
+    def runs(self, total: int, done: int) -> Generator["Runs"]:
+        """Progress over `total` runs of a comparison, of which `done` are done."""
+        from lora_cli.progress import Runs
+
+        with Runs(self.console, total, done) as runs:
+            yield runs
 
     def result(self, value: Any, as_json: bool) -> None:
         """The command's result: JSON on stdout when asked for, else nothing (it has been shown)."""

@@ -51,6 +51,8 @@ def keys() -> str:
         model = field.annotation
         assert isinstance(model, type)
         assert issubclass(model, schema.Section)
+        if not model.model_fields:
+            lines.append(f"| `{section}` | {' '.join((model.__doc__ or '').split())} |")
         for key, each in model.model_fields.items():
             lines.append(f"| `{section}.{key}` | {(each.description or '').replace('|', chr(92) + '|')} |")
     return "\n".join(lines)

@@ -56,6 +56,7 @@ def test_every_command_has_help_for_each_of_its_options():
         "train",
         "check",
         "eval",
+        "compare",
         "generate",
         "chat",
         "merge",

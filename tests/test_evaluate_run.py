@@ -185,11 +185,44 @@ def test_chats_are_measured_behind_their_template(tmp_path, base):
         assert line["base"]["log_probabilities"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_forgetting_is_the_loss_on_general_text_without_end_tokens(run, tmp_path, capsys):
+    texts = ["the sea is calm", "x", "z" * 700]
+    (tmp_path / "general.txt").write_text("\n\n".join(texts))
+    report = evaluate(run, None, [f"eval.forgetting={tmp_path}/general.txt", "eval.metrics=[loss]"], Screen())
+    pieces = [texts[0], "z" * 512, "z" * 188]  # one token a byte; a single one is not predicted
+    assert report["general_tokens"] == sum(len(piece) - 1 for piece in pieces)
+    opened = open_model([run])
+    opened.language.model.double()
+    for column, active in (("base", None), ("adapter", "run")):
+        opened.use(active)
+        nats = -sum(exact_log_p(opened.language.model, piece[:1], piece[1:]) for piece in pieces)
+        assert report[column]["general_loss"] == pytest.approx(nats / report["general_tokens"], abs=1e-4)
+    assert report["forgetting"] == report["adapter"]["general_loss"] - report["base"]["general_loss"]
+    assert "forgetting: loss on general text" in capsys.readouterr().err
+
+
+def test_general_text_may_be_rows_and_max_rows_holds_for_it(run, tmp_path):
+    text = on_disk.rows(tmp_path / "general.jsonl", {"text": "one"}, {"text": "three"}, {"text": "seven"})
+    wanted = [f"eval.forgetting={text}", "eval.metrics=[loss]"]
+    assert evaluate(run, None, wanted, Screen())["general_tokens"] == 10
+    assert evaluate(run, None, [*wanted, "eval.max_rows=2"], Screen())["general_tokens"] == 6
+
+
+def test_the_base_can_be_left_out(run):
+    both = evaluate(run, None, [], Screen())
+    only = evaluate(run, None, [], Screen(), adapter_only=True)
+    assert only["adapter"] == both["adapter"]
+    assert "base" not in only
+    assert all("base" not in line and "adapter" in line for line in lines(run / "predictions.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "what", "where"),
     [
         (["eval.choices=[' good', ' ugly']"], "' bad' is not among the choices", "test.jsonl:"),
         (["data.eval=null"], "names no held-out rows", "data.eval"),
+        (["eval.forgetting=nowhere.txt"], "no such file", "nowhere.txt"),
+        (["eval.forgetting=recipes/data/chat.jsonl"], "'text'", "chat.jsonl:1"),
         (["data.format={prompt: '{text}', completion: ' {label}'}"], "the prompt is empty", "test.jsonl:9"),
         (["eval.max_new_tokens=600"], "do not fit", "max_new_tokens"),
         (["eval.max_rows=1"], "1 different", "eval.choices"),

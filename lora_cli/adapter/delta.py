@@ -74,6 +74,9 @@ class Delta(nn.Module, ABC):
         """What is added to the bias [out], scale included; None when nothing is."""
         return None
 
+    def start(self) -> None:
+        """Be zero, as `init: own` asks, at first and after every restart; nothing to do where another init fills it."""
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(B', A') in float32 with B'·A' = ΔW exactly, or None when it is not of low rank."""
         return None
@@ -136,6 +139,10 @@ class LowRank(Delta):
             B, A = torch.cat([self.fixed_B, B], 1), torch.cat([self.fixed_A, A], 0)
         self.fixed_B = nn.Parameter(B.detach().clone(), requires_grad=False)
         self.fixed_A = nn.Parameter(A.detach().clone(), requires_grad=False)
+
+    def unfix(self) -> None:
+        """Let go of what is fixed: it is a part of W from now on."""
+        self.fixed_A = self.fixed_B = None
 
     def subtract_start(self) -> None:
         """Let ΔW be s·(B·A − B0·A0), where (A0, B0) are what A and B are now: the model starts as the base.

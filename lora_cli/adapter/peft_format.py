@@ -6,6 +6,7 @@ base_model.model.<embedding or head>.token_adapter.trainable_tokens_delta [token
 base_model.model.<parameter trained in full>, with `.base_layer` in it where its module is adapted
 """
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ LINEAR = {
     "bias": "lora_B.bias",
     "magnitude": "lora_magnitude_vector",
 }
-LOOKUP = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+LOOKUP = {"A": "lora_embedding_A", "B": "lora_embedding_B", "magnitude": LINEAR["magnitude"]}
 SHARED = f"{PREFIX}shared."
 ROWS = "token_adapter.trainable_tokens_delta"
 
@@ -235,8 +236,8 @@ def config_of(plan: Plan, model: nn.Module, base: str, revision: str | None) -> 
 
 def _alpha(spec: LayerSpec, rslora: bool) -> float:
     """The alpha that gives PEFT the layer's scale: s = alpha/r, or alpha/√r with rslora."""
-    exact = rslora or spec.alpha / spec.r == spec.scale
-    alpha = spec.alpha if exact else spec.scale * spec.r
+    over = math.sqrt(spec.r) if rslora else spec.r
+    alpha = spec.alpha if spec.alpha / over == spec.scale else spec.scale * over
     return int(alpha) if alpha.is_integer() else alpha
 
 

@@ -209,26 +209,27 @@ def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Met
     delta = parts.load("delta", method.delta.name)
     if problem := getattr(delta, "problem", no_problem)(base.in_features, base.out_features, r):
         raise UserError(f"{name} ({base.out_features}×{base.in_features}): {problem}", where="adapter.r")
-    combined = parts.load("combine", method.combine.name).shapes(base.out_features)
-    shapes = delta.shapes(base.in_features, base.out_features, r) | combined
+    scaling = parts.settings("scale", method.scale)
+    scale = parts.load("scale", method.scale.name).scale(alpha, r, **scaling)
+    spec = LayerSpec(name, kind, base.in_features, base.out_features, r, alpha, scale, 0)
+    return replace(spec, num_trainable=_num_trainable(spec, method, adapter.lora_bias))
+
+
+def _num_trainable(spec: LayerSpec, method: Method, lora_bias: bool) -> int:
+    delta, combine = parts.load("delta", method.delta.name), parts.load("combine", method.combine.name)
+    shapes = delta.shapes(spec.in_features, spec.out_features, spec.r) | combine.shapes(spec.out_features)
     trains = parts.load("trainable", method.trainable.name).trains
     frozen = getattr(delta, "FROZEN", frozenset())
     count = sum(_product(shape) for key, shape in shapes.items() if trains(key) and key not in frozen)
-    count += base.out_features if adapter.lora_bias else 0
-    scaling = parts.settings("scale", method.scale)
-    scale = parts.load("scale", method.scale.name).scale(alpha, r, **scaling)
-    return LayerSpec(name, kind, base.in_features, base.out_features, r, alpha, scale, count)
+    return count + (spec.out_features if lora_bias else 0)
 
 
 def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:
     """The plan with another r for some layers; their scale stays what it was."""
-    return replace(
-        plan,
-        layers=tuple(
-            replace(spec, r=ranks[spec.name], num_trainable=spec.num_trainable // spec.r * ranks[spec.name])
-            for spec in plan.layers
-        ),
-    )
+    layers = [replace(spec, r=ranks[spec.name]) for spec in plan.layers]
+    counts = [_num_trainable(spec, plan.method, plan.lora_bias) for spec in layers]
+    counted = zip(layers, counts, strict=True)
+    return replace(plan, layers=tuple(replace(spec, num_trainable=count) for spec, count in counted))
 
 
 def no_problem(in_features: int, out_features: int, r: int) -> str | None:

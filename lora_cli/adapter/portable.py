@@ -96,10 +96,18 @@ def _factors(
         return None
     B = torch.cat([factors[0], *(B for B, _ in absorbed)], 1)
     A = torch.cat([factors[1], *(A for _, A in absorbed)], 0)
+    B, A = _without_zeros(B, A)
     shift = delta.shift()
     tensors = own | {"A": A, "B": B} | ({} if shift is None else {"bias": shift})
     r = A.shape[0]
     return tensors, replace(spec, r=r, alpha=float(r), scale=1.0)
+
+
+def _without_zeros(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors without the components that are zero, as those whose gate is closed; a layer keeps one at least."""
+    kept = (B != 0).any(0) & (A != 0).any(1)
+    kept[0] |= not kept.any()
+    return B[:, kept], A[kept]
 
 
 def _as_lora(plan: Plan, specs: tuple[LayerSpec, ...], combine: str) -> Plan:

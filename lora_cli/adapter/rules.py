@@ -1,14 +1,17 @@
 """Which parts go together: each part's file says what it `needs` and what it `forbids`, here it is asked.
 
-Both map a fact to a reason. A fact is a chosen part, `init.zero_a`; `dropout`; a key of `adapter` that the recipe
-sets, `lora_bias`; a kind of base, `base.embedding`; or how the base is kept, `base.quantized`.
+Both map a fact to a reason, or are functions of the part's settings that do. A fact is a chosen part, `init.zero_a`;
+`dropout`; a key of `adapter` that the recipe sets, `lora_bias`; a kind of base, `base.embedding`; or how the base is
+kept, `base.quantized`.
 """
 
-from collections.abc import Collection, Iterable
-from types import ModuleType
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
 
 from lora_cli import parts
 from lora_cli.errors import UserError
+from lora_cli.parts import Part
 from lora_cli.presets import Method
 from lora_cli.recipe.schema import AdapterRecipe
 
@@ -35,18 +38,32 @@ def check(method: Method, facts: Collection[str]) -> None:
     Raises:
         UserError: with the reason that the part gives.
     """
-    chosen = [(axis, part.name) for axis, found in method.chosen().items() for part in found]
-    broken = [error for axis, name in chosen for error in _broken(axis, name, facts)]
+    chosen = [(axis, part) for axis, found in method.chosen().items() for part in found]
+    broken = [error for axis, part in chosen for error in _broken(axis, part, facts)]
+    for (axis, name), count in Counter((axis, part.name) for axis, part in chosen).items():
+        if count > 1:
+            broken.append(
+                UserError("stands there twice: each would undo the other", where=_where(axis, name))
+            )
     if broken:
         raise UserError.several(broken)
 
 
-def _broken(axis: str, name: str, facts: Collection[str]) -> Iterable[UserError]:
-    module: ModuleType = parts.load(axis, name)
-    where = f"{'train' if axis == 'optimizer' else 'adapter'}.{axis}: {name}"
-    for fact, reason in getattr(module, "forbids", {}).items():
+def _broken(axis: str, part: Part, facts: Collection[str]) -> Iterable[UserError]:
+    where = _where(axis, part.name)
+    for fact, reason in stated("forbids", axis, part).items():
         if fact in facts:
             yield UserError(f"cannot be combined with {fact}: {reason}", where=where)
-    for fact, reason in getattr(module, "needs", {}).items():
+    for fact, reason in stated("needs", axis, part).items():
         if not any(each in facts for each in fact.split(" or ")):
             yield UserError(f"needs {fact}: {reason}", where=where)
+
+
+def stated(kind: Literal["needs", "forbids"], axis: str, part: Part) -> Mapping[str, str]:
+    """What the part's file says with these settings."""
+    found = getattr(parts.load(axis, part.name), kind, {})
+    return found if isinstance(found, Mapping) else found(**parts.settings(axis, part))
+
+
+def _where(axis: str, name: str) -> str:
+    return f"{'train' if axis == 'optimizer' else 'adapter'}.{axis}: {name}"

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lora_cli.data.cache import Examples
 from lora_cli.data.example import IGNORE, Batch
-from lora_cli.data.pack import micro_batches
+from lora_cli.data.pack import Documents, micro_batches
 from lora_cli.evaluate.mode import evaluating
 from lora_cli.train.loss import trained_logits
 
@@ -35,7 +34,7 @@ class HeldOutLoss:
 
 def held_out_loss(
     model: PreTrainedModel,
-    examples: Examples,
+    examples: Documents,
     *,
     device: torch.device,
     max_tokens: int,
@@ -45,6 +44,7 @@ def held_out_loss(
     """The model's loss on the first `rows` examples (default: all); its mode is put back."""
     count = len(examples) if rows is None else min(rows, len(examples))
     sums: dict[int, float] = {}
+    tokens = 0
     with evaluating(model):
         for start in range(0, count, CHUNK):
             chunk = range(start, min(start + CHUNK, count))
@@ -52,7 +52,7 @@ def held_out_loss(
                 examples, chunk, max_tokens=max_tokens, max_rows=None, packing=False, pad_id=pad_id
             ):
                 sums |= zip(batch.rows, _sums(model, batch, device).tolist(), strict=True)
-    tokens = int(examples.trained_counts[:count].sum())
+                tokens += int((batch.labels[:, 1:] != IGNORE).sum())
     in_order = tuple(sums[row] for row in range(count))
     return HeldOutLoss(sum(in_order) / tokens, tokens, in_order)
 

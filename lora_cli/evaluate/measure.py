@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.data.cache import Examples
+from lora_cli.data.example import Example
 from lora_cli.data.format import Format, Question
+from lora_cli.data.pack import Documents
 from lora_cli.data.tokens import Ids
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.evaluate import choice, generation, metrics
@@ -18,6 +20,8 @@ from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import EvalRecipe
 
 LOSSES = {"loss", "perplexity"}
+GENERAL = "general_loss"
+"""Loss on the text of `eval.forgetting`."""
 WRITTEN = {"exact_match", "bleu", "chrf"}
 """Metrics of answers that the model writes itself."""
 
@@ -33,6 +37,8 @@ class HeldOut:
     questions: Sequence[Question]
     examples: Examples | None
     """Of the same rows; None when no loss is wanted."""
+    general: Sequence[Example] = ()
+    """Of a general text, to see what is forgotten."""
     choices: tuple[str, ...] = ()
     candidates: Sequence[tuple[Ids, ...]] = ()
     """For each question the ids of the choices."""
@@ -47,10 +53,16 @@ class Measured:
     """For each row the log-probability of each choice."""
     texts: list[str] | None
     """For each row what the model wrote."""
+    general: HeldOutLoss | None
+    """On the general text."""
 
 
 def held_out(
-    wanted: EvalRecipe, questions: Sequence[Question], form: Format, examples: Examples | None
+    wanted: EvalRecipe,
+    questions: Sequence[Question],
+    form: Format,
+    examples: Examples | None,
+    general: Sequence[Example] = (),
 ) -> HeldOut:
     """Check that the rows can be measured as wanted, and find the choices.
 
@@ -62,11 +74,11 @@ def held_out(
     if not set(wanted.metrics) <= LOSSES:
         _check_answered(questions)
     if "choice_accuracy" not in wanted.metrics:
-        return HeldOut(wanted, questions, examples)
+        return HeldOut(wanted, questions, examples, general)
     choices = wanted.choices or choice.distinct(question.answer for question in questions)
     _check_choices(questions, choices)
     candidates = [tuple(form.encode_answer(each, text) for text in choices) for each in questions]
-    return HeldOut(wanted, questions, examples, choices, candidates)
+    return HeldOut(wanted, questions, examples, general, choices, candidates)
 
 
 def measure(language: LanguageModel, rows: HeldOut, max_tokens: int, counting: Counting) -> Measured:
@@ -86,9 +98,10 @@ def measure(language: LanguageModel, rows: HeldOut, max_tokens: int, counting: C
         longest = max(len(question.prompt_ids) for question in rows.questions)
         check_length(language.model, longest, rows.wanted.max_new_tokens, "eval.max_new_tokens")
     return Measured(
-        _loss(language, rows, max_tokens) if names & LOSSES else None,
+        _loss(language, rows.examples, max_tokens, rows.wanted.max_rows) if names & LOSSES else None,
         _scores(language, rows, max_tokens, counting) if "choice_accuracy" in names else None,
         _texts(language, rows, counting) if names & WRITTEN else None,
+        _loss(language, rows.general, max_tokens) if rows.general else None,
     )
 
 
@@ -105,6 +118,8 @@ def numbers(rows: HeldOut, measured: Measured) -> dict[str, Any]:
             found |= _share(name, list(map(metrics.exact_match, measured.texts, references)))
         elif measured.texts is not None:
             found[name] = {"bleu": metrics.bleu, "chrf": metrics.chrf}[name](measured.texts, references)
+    if measured.general is not None:
+        found[GENERAL] = measured.general.loss
     return found
 
 
@@ -126,16 +141,13 @@ def by_row(rows: HeldOut, measured: Measured) -> list[dict[str, Any]]:
     return found
 
 
-def _loss(language: LanguageModel, rows: HeldOut, max_tokens: int) -> HeldOutLoss:
+def _loss(
+    language: LanguageModel, examples: Documents | None, max_tokens: int, rows: int | None = None
+) -> HeldOutLoss:
     model = language.model
-    assert rows.examples is not None, "a loss is wanted, so the examples are there"
+    assert examples is not None, "a loss is wanted, so the examples are there"
     found = held_out_loss(
-        model,
-        rows.examples,
-        device=model.device,
-        max_tokens=max_tokens,
-        pad_id=language.pad_id,
-        rows=rows.wanted.max_rows,
+        model, examples, device=model.device, max_tokens=max_tokens, pad_id=language.pad_id, rows=rows
     )
     if not math.isfinite(found.loss):
         what = "the loss is not a finite number"

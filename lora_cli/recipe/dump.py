@@ -38,14 +38,17 @@ HEAD = """\
 """
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """The recipe with every value written out, keys in the order of the schema."""
-    return "\n".join(_block(_written(recipe), "")) + "\n"
+def to_yaml(recipe: Recipe, *, only_set: bool = False) -> str:
+    """The recipe with every value written out, keys in the order of the schema; or only those that were set.
+
+    The two differ where a method has defaults of its own for keys that were not set.
+    """
+    return "\n".join(_block(_whole(recipe, only_set), "")) + "\n"
 
 
 def explained(loaded: Loaded) -> list[tuple[str, str, str]]:
     """Dotted key, value as YAML, and where it came from (`default` when nowhere) for every value of a recipe."""
-    leaves = _leaves(_written(loaded.recipe), ())
+    leaves = _leaves(_whole(loaded.recipe), ())
     return [(key, text(value), loaded.origin(key) or "default") for key, value in leaves]
 
 
@@ -67,7 +70,9 @@ def reference() -> str:
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
-        lines += [*_comment(section.__doc__ or "", ""), f"{name}:"]
+        lines += _comment(" ".join((section.__doc__ or "").split()), "")
+        lines += [f"# Example: {name}: {text(example)}" for example in field.examples or ()]
+        lines += [f"{name}:" if section.model_fields else f"{name}: {{}}"]
         for key, inner in section.model_fields.items():
             lines += [*_comment(inner.description or "", "  "), *_takes(name, key, inner)]
             lines += [f"  {key}: {text(_written(_default(inner)))}"]
@@ -81,10 +86,17 @@ def json_schema() -> dict[str, Any]:
     for dotted, axis in axes().items():
         section, _, key = dotted.partition(".")
         _spell_out(_section(schema, section)["properties"][key], axis)
+    _section(schema, "compare")["additionalProperties"] = _variant(schema)
     return _extensible({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
 
 
-def _written(value: Any) -> Any:
+def _whole(recipe: Recipe, only_set: bool = False) -> dict[str, Any]:
+    """The recipe as sections; without variants it says nothing about them."""
+    sections = _written(recipe, only_set)
+    return sections if recipe.compare.variants else {k: v for k, v in sections.items() if k != "compare"}
+
+
+def _written(value: Any, only_set: bool = False) -> Any:
     """A value as a recipe would say it, in the shortest form."""
     if isinstance(value, Part):
         return _short_part(value)
@@ -95,7 +107,8 @@ def _written(value: Any) -> Any:
         told = value.model_dump(exclude_defaults=True)
         return told if len(told) > 1 else value.path
     if isinstance(value, BaseModel):
-        return {key: _written(getattr(value, key)) for key in type(value).model_fields}
+        keys = [key for key in type(value).model_fields if not only_set or key in value.model_fields_set]
+        return {key: _written(getattr(value, key), only_set) for key in keys} | (value.model_extra or {})
     if isinstance(value, tuple) and value and all(isinstance(item, WeightedSource) for item in value):
         return _written(value[0]) if len(value) == 1 else [_written(item) for item in value]
     return value
@@ -169,6 +182,24 @@ def _spell_out(schema: dict[str, Any], axis: str) -> None:
                 name: {"anyOf": [each, {"type": "null"}]} for name, each in settings.items()
             }
             kind["additionalProperties"] = False
+
+
+def _variant(schema: dict[str, Any]) -> dict[str, Any]:
+    """The sections, their keys dotted, and what is inside these, dotted further."""
+    sections = {
+        name: each for name, each in schema["properties"].items() if name not in ("output", "compare")
+    }
+    dotted = {
+        f"{name}.{key}": {"$ref": f"{each['$ref']}/properties/{key}"}
+        for name, each in sections.items()
+        for key in _section(schema, name)["properties"]
+    }
+    return {
+        "type": ["object", "null"],
+        "properties": {**{name: {"$ref": each["$ref"]} for name, each in sections.items()}, **dotted},
+        "patternProperties": {rf"^({'|'.join(sections)})\.\w+\..": {}},
+        "additionalProperties": False,
+    }
 
 
 def _extensible(schema: dict[str, Any]) -> dict[str, Any]:

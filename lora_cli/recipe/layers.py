@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
+from lora_cli.errors import UserError
 from lora_cli.recipe.read import Marked
 from lora_cli.recipe.schema import EXCLUSIVE, axes
 from lora_cli.recipe.words import Keys
@@ -30,6 +32,22 @@ def merged(base: Marked, top: Marked, keys: Keys = ()) -> Marked:
     # a section stands where a file has it: nobody adds a missing key to the command line
     where = base.where if top.where.startswith("--") else top.where
     return Marked({**value, **rest}, where, top.error or base.error)
+
+
+def spread(tree: Marked) -> Marked:
+    """The tree with the variants of `compare` in sections: `adapter.r: 8` is `adapter: {r: 8}`, nothing is `{}`."""
+    compare = tree.child("compare")
+    if compare is None or not isinstance(compare.value, dict):
+        return tree
+    variants = {name: _in_sections(node) for name, node in compare.value.items()}
+    return replace(tree, value={**tree.value, "compare": replace(compare, value=variants)})
+
+
+def nested(dotted: str, node: Marked) -> Marked:
+    """The value under its dotted key, as it would stand in a file."""
+    for key in reversed(dotted.split(".")):
+        node = Marked({key: node}, node.where)
+    return node
 
 
 def without(tree: Marked, keys: Keys) -> Marked:
@@ -69,6 +87,24 @@ def place(tree: Marked, keys: Keys) -> str:
         node = node and node.child(key)
         where = node.where if node else where
     return where
+
+
+def _in_sections(variant: Marked) -> Marked:
+    if variant.value is None:
+        return replace(variant, value={})
+    if not isinstance(variant.value, dict):
+        return variant
+    sections = (nested(key, node) for key, node in variant.value.items())
+    return replace(reduce(_joined, sections, replace(variant, value={})), where=variant.where)
+
+
+def _joined(first: Marked, second: Marked) -> Marked:
+    """Both, key by key; a value that stands in both is the mistake that it is in one mapping."""
+    if not isinstance(first.value, dict) or not isinstance(second.value, dict):
+        error = UserError(f"duplicate key, first at {first.where}", where=second.where, fix="keep one")
+        return replace(first, error=first.error or error)
+    both = {key: _joined(node, second.value[key]) for key, node in first.value.items() if key in second.value}
+    return replace(first, value={**first.value, **second.value, **both})
 
 
 def _is_set(tree: Marked, dotted: str) -> bool:

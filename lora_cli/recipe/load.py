@@ -4,8 +4,8 @@ Paths in a recipe are relative to the current directory, as in the shell; only `
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,17 @@ from lora_cli.presets import PRESETS
 from lora_cli.recipe import explain, layers, read
 from lora_cli.recipe.read import Marked
 from lora_cli.recipe.schema import OutputRecipe, Part, Recipe, Section, axes
+from lora_cli.recipe.words import Keys
 
 MAX_FILES = 8
 PLACE = re.compile(r"(?:\$\{\w+\} at )?(?P<file>.*):(?P<line>\d+)")
+VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,39}")
+COMPARISONS = {
+    "output": "each run has a folder of its own below that of the comparison, --output",
+    "compare": "variants have no variants; give each a name at the same level",
+    "train.seed": "--seeds N gives all variants the same N seeds",
+}
+"""Keys that a variant cannot set, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,9 @@ class Loaded:
     origins: Mapping[str, str]
     """Dotted key -> `file:line`, `${NAME} at file:line`, `--set` or `--output`; keys absent here are defaults."""
     name: str
-    """The file's name without its ending."""
+    """The file's name without its ending; of a variant its own name."""
+    variants: Mapping[str, "Loaded"] = field(default_factory=dict[str, "Loaded"])
+    """The section `compare`, each variant laid over the rest of the recipe."""
 
     def origin(self, key: str) -> str:
         """Where the value at a dotted key came from, written in short or in full; empty for a default."""
@@ -53,12 +63,10 @@ def load(path: Path, overrides: Sequence[str] = (), output: Path | None = None) 
     tree = _with_parents(path)
     on_top = [_override(text) for text in overrides]
     if output is not None:
-        on_top.append(_nested("output.dir", Marked(str(output), "--output")))
-    tree = layers.over(tree, reduce(layers.merged, on_top, Marked({}, "--set")))
-    recipe = _checked(tree)
-    if recipe.output.dir is None:
-        recipe = recipe.model_copy(update={"output": OutputRecipe(dir=f"runs/{path.stem}")})
-    return Loaded(recipe, _origins(tree), path.stem)
+        on_top.append(layers.nested("output.dir", Marked(str(output), "--output")))
+    tree = layers.over(tree, layers.spread(reduce(layers.merged, on_top, Marked({}, "--set"))))
+    _refuse(_mistakes(tree))
+    return replace(_loaded(tree, path.stem), variants=_variants(tree))
 
 
 def check_parts(loaded: Loaded) -> None:
@@ -106,7 +114,7 @@ def _with_parents(path: Path, children: tuple[Path, ...] = ()) -> Marked:
 
 def _sections(path: Path) -> Marked:
     """One file, which must be a mapping."""
-    tree = read.read_file(path)
+    tree = layers.spread(read.read_file(path))
     if tree.error is not None:
         raise tree.error
     if not isinstance(tree.value, dict):
@@ -134,40 +142,78 @@ def _override(text: str) -> Marked:
     steps = key.strip().split(".")
     if not equals or not all(steps) or len(steps) > read.MAX_DEPTH:
         raise UserError("expected key=value", where=where, fix="for example --set adapter.r=8")
-    return _nested(key.strip(), read.read_value(value, where))
+    return layers.nested(key.strip(), read.read_value(value, where))
 
 
-def _nested(dotted: str, node: Marked) -> Marked:
-    """The value under its key, as it would stand in a file."""
-    for key in reversed(dotted.split(".")):
-        node = Marked({key: node}, node.where)
-    return node
+def _loaded(tree: Marked, name: str) -> Loaded:
+    """A tree without mistakes as a recipe."""
+    recipe = Recipe.model_validate(layers.plain(tree))
+    if recipe.output.dir is None:
+        recipe = recipe.model_copy(update={"output": OutputRecipe(dir=f"runs/{name}")})
+    return Loaded(recipe, _origins(tree), name)
 
 
-def _checked(tree: Marked) -> Recipe:
-    """The tree as a recipe.
+def _variants(tree: Marked) -> dict[str, Loaded]:
+    """Each variant laid over the recipe.
 
     Raises:
-        UserError: with everything that is wrong in it.
+        UserError: with the mistakes of all of them.
     """
-    data = layers.plain(tree)
+    compare, alone = tree.child("compare"), layers.without(tree, ("compare",))
+    written: dict[str, Marked] = compare.value if compare is not None else {}
+    trees = {name: layers.over(alone, node) for name, node in written.items()}
+    found = [error for name, node in written.items() for error in _not_for_variants(name, node)]
+    for name, each in trees.items():
+        found += _mistakes(each, ("compare", name))
+    _refuse(found)
+    return {name: _loaded(each, name) for name, each in trees.items()}
+
+
+def _not_for_variants(name: str, variant: Marked) -> Iterator[UserError]:
+    """A name that cannot be a folder's, and keys that are the comparison's."""
+    top = f"compare.{name}"
+    if not VARIANT.fullmatch(name):
+        fix = "name it with letters, digits, '_', '+' and '-', at most 40"
+        yield UserError(f"{top}: not a name of a variant", where=variant.where, fix=fix)
+    for keys, node in layers.walk(variant):
+        dotted = ".".join(map(str, keys))
+        if dotted in COMPARISONS:
+            what = f"{top}.{dotted}: a variant cannot set this"
+            yield UserError(what, where=node.where, fix=COMPARISONS[dotted])
+
+
+def _refuse(mistakes: Iterable[UserError]) -> None:
+    found = sorted(mistakes, key=_position)
+    if found:
+        raise UserError.several(found)
+
+
+def _mistakes(tree: Marked, top: Keys = ()) -> list[UserError]:
+    """Everything that is wrong in the tree of a recipe; `top` is what keys are called by in front."""
     unusable = {keys: node.error for keys, node in layers.walk(tree) if node.error is not None}
     found = [
-        UserError(f"{'.'.join(map(str, keys))}: {error.what}", where=error.where, fix=error.fix)
+        UserError(f"{_dotted(top, keys)}: {error.what}", where=error.where, fix=error.fix)
         for keys, error in unusable.items()
     ]
-    found += _unknown_method(tree)
-    found += explain.complaints(Recipe, data, partial(layers.place, tree), broken=unusable)
-    if found:
-        raise UserError.several(sorted(found, key=_position))
-    return Recipe.model_validate(data)
+    found += _unknown_method(tree, top)
+    where = partial(_place_below, tree, len(top))
+    return found + explain.complaints(Recipe, layers.plain(tree), where, top, broken=unusable)
 
 
-def _unknown_method(tree: Marked) -> Iterator[UserError]:
-    method = dict(layers.walk(tree)).get(("adapter", "method"))
+def _unknown_method(tree: Marked, top: Keys) -> Iterator[UserError]:
+    keys = ("adapter", "method")
+    method = dict(layers.walk(tree)).get(keys)
     if method is not None and isinstance(method.value, str) and method.value not in ("", *PRESETS):
-        fix = parts.did_you_mean(method.value, PRESETS)
-        yield UserError(f"adapter.method: unknown method '{method.value}'", where=method.where, fix=fix)
+        what = f"{_dotted(top, keys)}: unknown method '{method.value}'"
+        yield UserError(what, where=method.where, fix=parts.did_you_mean(method.value, PRESETS))
+
+
+def _place_below(tree: Marked, depth: int, keys: Keys) -> str:
+    return layers.place(tree, keys[depth:])
+
+
+def _dotted(*keys: Keys) -> str:
+    return ".".join(str(key) for each in keys for key in each)
 
 
 def _origins(tree: Marked) -> dict[str, str]:

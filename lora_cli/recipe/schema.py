@@ -468,6 +468,12 @@ class EvalRecipe(Section):
     references: NotEmpty | None = Field(
         default=None, description="Column with a list of right answers, for exact_match, bleu and chrf."
     )
+    forgetting: NotEmpty | None = Field(
+        default=None,
+        description="txt or jsonl file of general text; its loss before and after tells what training made the model "
+        "forget. Default: not measured.",
+        examples=["data/general.txt"],
+    )
     max_rows: Positive | None = Field(default=None, description="Use only the first rows; default: all.")
     batch_size: Positive = Field(default=16, description="Rows computed at once.")
     max_new_tokens: Positive = Field(default=128, description="Longest generated answer, in tokens.")
@@ -484,6 +490,22 @@ class OutputRecipe(Section):
     )
 
 
+class CompareRecipe(Section):
+    """Variants for `lora compare`, each a name and the keys that it sets otherwise, dotted or in sections.
+
+    Other commands use the recipe without them.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    # pydantic checks what is not declared against this type
+    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """Name -> sections; whether they are right is known once each is laid over the recipe, see `load`."""
+        return dict(self.__pydantic_extra__)
+
+
 class Recipe(Section):
     """A fine-tuning run: model, data, adapter, training, evaluation, output."""
 
@@ -493,6 +515,10 @@ class Recipe(Section):
     train: TrainRecipe = TrainRecipe()
     eval: EvalRecipe = EvalRecipe()
     output: OutputRecipe = OutputRecipe()
+    compare: CompareRecipe = Field(
+        default=CompareRecipe(),
+        examples=[{"lora": {}, "dora": {"adapter.method": "dora", "train.learning_rate": 5e-4}}],
+    )
 
     def contradictions(self) -> Iterator[str]:
         """What one section says against another."""

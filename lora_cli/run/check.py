@@ -25,6 +25,7 @@ def check(loaded: Loaded, screen: Screen, rows: int) -> dict[str, Any]:
     recipe = loaded.recipe
     screen.heading(f"recipe {loaded.name}")
     screen.table(["key", "value", "from"], _with_preset(loaded))
+    prepare.check_method(recipe)
     skeleton = models.skeleton(recipe.model)
     tokenizer = models.load_tokenizer(recipe.model)
     language = models.with_tokens(skeleton, tokenizer, recipe.model)

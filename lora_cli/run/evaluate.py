@@ -10,14 +10,16 @@ from typing import Any
 from lora_cli import io_ops
 from lora_cli.adapter.inject import without_adapters
 from lora_cli.data import format as formats
+from lora_cli.data.example import Example
 from lora_cli.data.format import Format, Question
 from lora_cli.data.load import Datasets, held_out_rows, load_examples
 from lora_cli.data.source import Row
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.evaluate import measure
+from lora_cli.evaluate import general, measure
 from lora_cli.evaluate.measure import HeldOut, Measured
+from lora_cli.model import LanguageModel, max_positions
 from lora_cli.recipe.load import load
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import EvalRecipe, Recipe
 from lora_cli.run import prepare
 from lora_cli.run.open import Opened, adapter_folder, best_device, open_model, trained_with
 from lora_cli.screen import Screen
@@ -31,6 +33,7 @@ LABELS = {
     "exact_match": "exact match",
     "bleu": "BLEU",
     "chrf": "chrF",
+    measure.GENERAL: "forgetting: loss on general text",
 }
 
 
@@ -42,6 +45,7 @@ def evaluate(
     *,
     base: str | None = None,
     output: Path | None = None,
+    adapter_only: bool = False,
 ) -> dict[str, Any]:
     """Measure what the recipe's `eval` names; show it, write predictions.jsonl, return it as one JSON object.
 
@@ -52,6 +56,7 @@ def evaluate(
         screen: where the table is shown.
         base: use this model instead of the one the adapter names.
         output: file for the predictions; default: predictions.jsonl in the run folder.
+        adapter_only: leave the base out, because it is known.
 
     Raises:
         UserError: anything the user can mend.
@@ -63,7 +68,7 @@ def evaluate(
         rows = _held_out(recipe, opened, prepare.cache_folder(_run_folder(path) or Path(scratch)))
         measured = {
             name: measure.measure(opened.language, rows, token_budget(device), screen.counting)
-            for name in _one_by_one(opened)
+            for name in _one_by_one(opened, adapter_only)
         }
         target = _predictions_file(path, output)
         report = _report(path, recipe, rows, measured, target)
@@ -104,7 +109,16 @@ def _held_out(recipe: Recipe, opened: Opened, cache: Path) -> HeldOut:
     if measure.LOSSES & set(recipe.eval.metrics):
         examples = load_examples(data, form, "eval", cache=cache, seed=seed)
         prepare.check_fit(language.model, Datasets(examples, None, None, form))
-    return measure.held_out(recipe.eval, [_question(form, row) for row in rows], form, examples)
+    questions = [_question(form, row) for row in rows]
+    return measure.held_out(recipe.eval, questions, form, examples, _general(recipe.eval, language))
+
+
+def _general(wanted: EvalRecipe, language: LanguageModel) -> Sequence[Example]:
+    """The text on which forgetting shows, if there is one."""
+    if wanted.forgetting is None:
+        return ()
+    positions = max_positions(language.model)
+    return general.pieces(wanted.forgetting, language.tokenizer, positions, wanted.max_rows)
 
 
 def _question(form: Format, row: Row) -> Question:
@@ -112,10 +126,11 @@ def _question(form: Format, row: Row) -> Question:
     return Question((), "", "", (), row.where) if form.documents else form.question(row)
 
 
-def _one_by_one(opened: Opened) -> Iterator[str]:
+def _one_by_one(opened: Opened, adapter_only: bool) -> Iterator[str]:
     """Name what is measured next, the model being in that state while the caller works."""
-    with without_adapters(*opened.adapters.values()):
-        yield "base"
+    if not (adapter_only and opened.adapters):
+        with without_adapters(*opened.adapters.values()):
+            yield "base"
     if opened.adapters:
         yield "adapter"
 
@@ -139,21 +154,31 @@ def _report(
     path: Path, recipe: Recipe, rows: HeldOut, measured: Mapping[str, Measured], target: Path | None
 ) -> dict[str, Any]:
     """The result as one JSON object."""
-    loss = measured["base"].loss
+    any_of_them = next(iter(measured.values()))
+    loss, text = any_of_them.loss, any_of_them.general
     return {
         "path": str(path),
         "data": [source.path for source in recipe.data.eval or recipe.data.train],
         "rows": len(rows.questions),
         "trained_tokens": loss and loss.trained_tokens,
+        "general_tokens": text and text.trained_tokens,
         "choices": list(rows.choices) or None,
         **{name: measure.numbers(rows, each) for name, each in measured.items()},
+        "forgetting": _forgetting(measured),
         "predictions": target and str(target),
     }
 
 
+def _forgetting(measured: Mapping[str, Measured]) -> float | None:
+    """By how much the adapter's loss on the general text is above the base's, nats per token."""
+    base, adapter = (measured[name].general if name in measured else None for name in ("base", "adapter"))
+    return adapter.loss - base.loss if base and adapter else None
+
+
 def _show(report: Mapping[str, Any], measured: Mapping[str, Measured], screen: Screen) -> None:
     """The table, and on what it rests."""
-    names = [metric for metric in LABELS if metric in report["base"]]
+    first = report[next(iter(measured))]
+    names = [metric for metric in LABELS if metric in first]
     screen.table(
         ["", *measured],
         [[LABELS[name], *(_cell(report[column], name) for column in measured)] for name in names],
@@ -161,9 +186,12 @@ def _show(report: Mapping[str, Any], measured: Mapping[str, Measured], screen: S
     screen.note(f"on {report['rows']:,} rows of {', '.join(report['data'])}")
     if report["trained_tokens"]:
         screen.note(f"loss over {report['trained_tokens']:,} trained tokens")
+    if report["general_tokens"]:
+        lost = f": {report['forgetting']:+.4f}" if report["forgetting"] is not None else ""
+        screen.note(f"forgetting over {report['general_tokens']:,} tokens of general text{lost}")
     if report["choices"]:
         screen.note(f"choices: {', '.join(map(repr, report['choices']))}")
-    if any(key.endswith("_interval") for key in report["base"]):
+    if any(key.endswith("_interval") for key in first):
         what = f"in brackets: 95 % intervals; {report['rows']:,} rows tell shares apart no better than that"
         screen.note(what)
 
@@ -172,7 +200,7 @@ def _cell(numbers: Mapping[str, Any], name: str) -> str:
     if f"{name}_interval" in numbers:
         low, high = numbers[f"{name}_interval"]
         return f"{numbers[name]:.1%} ({low:.1%} to {high:.1%})"
-    return f"{numbers[name]:.4f}" if name in measure.LOSSES else f"{numbers[name]:.1f}"
+    return f"{numbers[name]:.4f}" if name in (*measure.LOSSES, measure.GENERAL) else f"{numbers[name]:.1f}"
 
 
 def _lines(rows: HeldOut, measured: Mapping[str, Measured]) -> Iterator[str]:

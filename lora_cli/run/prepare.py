@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli import model as models
-from lora_cli import parts
-from lora_cli.adapter import peft_format
+from lora_cli import parts, presets
+from lora_cli.adapter import peft_format, rules
 from lora_cli.adapter import plan as plans
 from lora_cli.adapter.inject import inject
 from lora_cli.adapter.plan import Plan
@@ -27,6 +27,16 @@ from lora_cli.train.measure import measure
 
 MEASURED_ROWS = 32
 """Training rows that an init looks at which has no setting for it."""
+
+
+def check_method(recipe: Recipe) -> None:
+    """Refuse parts that do not go together, before anything is loaded.
+
+    Raises:
+        UserError: with the reasons that the parts give.
+    """
+    method = presets.resolve(recipe.adapter, recipe.train.optimizer)
+    rules.check(method, rules.facts_of(method, presets.with_defaults(recipe.adapter)))
 
 
 def plan_for(recipe: Recipe, language: LanguageModel) -> Plan:

@@ -15,6 +15,7 @@ from lora_cli.model import LanguageModel
 from lora_cli.recipe.dump import to_yaml
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run.card import card
+from lora_cli.run.curve import smoothed
 from lora_cli.run.folder import RunFolder
 from lora_cli.run.open import RECIPE, TEMPLATE
 from lora_cli.screen import Screen
@@ -59,7 +60,7 @@ def plot(folder: RunFolder) -> None:
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     axes.plot(*zip(*steps, strict=True), color="#b8c4d9", linewidth=1, label="train, each step")
-    axes.plot(*zip(*_smooth(steps), strict=True), color="#2f5b9d", linewidth=1.8, label="train, smoothed")
+    axes.plot(*zip(*smoothed(steps), strict=True), color="#2f5b9d", linewidth=1.8, label="train, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#c8553d", marker="o", markersize=4, label="held out")
     axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", title=folder.root.name)
@@ -68,16 +69,6 @@ def plot(folder: RunFolder) -> None:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     io_ops.write_bytes(folder.plot, buffer.getvalue())
-
-
-def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Mean over the last twentieth of the run."""
-    window = max(len(points) // 20, 1)
-    means: list[tuple[int, float]] = []
-    for index, (step, _) in enumerate(points):
-        recent = [loss for _, loss in points[max(0, index - window + 1) : index + 1]]
-        means.append((step, sum(recent) / len(recent)))
-    return means
 
 
 def show_samples(recipe: Recipe, datasets: Datasets, language: LanguageModel, screen: Screen) -> None:

@@ -1,12 +1,8 @@
 """`lora train`: fine-tune as the recipe says and save the adapter. Read `train` first; the rest are its details."""
 
 import dataclasses
-import signal
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -20,6 +16,7 @@ from lora_cli.recipe.dump import to_yaml
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import prepare, save
 from lora_cli.run.folder import RunFolder
+from lora_cli.run.stop import stop_signals
 from lora_cli.run.trackers import Trackers
 from lora_cli.screen import Screen, duration, size
 from lora_cli.train import checkpoint
@@ -32,6 +29,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False) -> Path:
     Raises:
         UserError: anything the user can mend; whatever was finished before stays on disk.
     """
+    prepare.check_method(recipe)
     folder = RunFolder(Path(str(recipe.output.dir)))
     if not resume:
         folder.check_new()
@@ -191,39 +189,3 @@ def _is_finished(folder: RunFolder, recipe: Recipe, screen: Screen) -> bool:
         screen.note(f"already finished: {folder.adapter}")
         return True
     return False
-
-
-class Stop:
-    """Set by the first SIGINT or SIGTERM; the second ends the process at once."""
-
-    def __init__(self) -> None:
-        """Nobody has asked."""
-        self.asked = False
-
-    def ask(self, number: int, frame: Any) -> None:
-        """Signal handler."""
-        if self.asked:
-            raise SystemExit(ExitCode.INTERRUPTED)
-        self.asked = True
-
-    def leave(self, step: int, total: int, folder: Path) -> None:
-        """Leave, once everything is saved, if somebody has asked."""
-        if self.asked and step < total:
-            raise UserError(
-                f"stopped after step {step} of {total}; everything is saved",
-                where=str(folder),
-                fix="the same command with --resume goes on",
-                code=ExitCode.INTERRUPTED,
-            )
-
-
-@contextmanager
-def stop_signals() -> Generator[Stop]:
-    """Inside the block SIGINT and SIGTERM ask to stop after the step that is under way."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

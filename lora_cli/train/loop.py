@@ -232,9 +232,9 @@ def _synchronise(run: Training, losses: list[Tensor], rate: float) -> tuple[floa
         for parameter in parameters:
             parameter.grad = cast(Tensor, run.accelerator.reduce(parameter.grad, "sum"))
     run.scaler.unscale_(run.optimizer)
-    _watch(run, rate)
     for lifecycle in run.lifecycles:
         lifecycle.gradients(run)
+    _watch(run, rate)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     loss, norm = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()  # the step's only wait
     return loss, norm
@@ -276,11 +276,14 @@ def _update(run: Training, grad_norm: float) -> None:
 
 
 def _watch(run: Training, rate: float) -> None:
-    """Remember which tensors have had a gradient; complain when some never had one."""
+    """Remember which tensors have had a gradient, or were held back; complain when some never had one."""
     if run.step >= WATCHED_STEPS or rate == 0:
         return
-    norms = [torch.linalg.vector_norm(p.grad) for p in run.adapter.trainable().values() if p.grad is not None]
-    run.connected |= (torch.stack(norms) != 0).cpu()
+    gradients = [p.grad for p in run.adapter.trainable().values()]
+    norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None])
+    held_back = torch.tensor([g is None for g in gradients])
+    run.connected[~held_back] |= (norms != 0).cpu()
+    run.connected |= held_back
     if run.step + 1 == WATCHED_STEPS:
         _check_connected(run, WATCHED_STEPS)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lora_cli.adapter.base import Base
 from lora_cli.data.cache import Examples
 from lora_cli.data.pack import micro_batches
+from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import computing
 from lora_cli.train.loss import loss_sum
 
@@ -34,22 +35,30 @@ def measure(
         rows: those to look at.
         precision: what the model computes in.
         pad_id: fills up rows, of which there is one at a time, so none is filled up.
+
+    Raises:
+        UserError: what was measured is not finite.
     """
-    measured = {"inputs": _Inputs, "gradients": _Gradients}[kind](bases)
+    measured = _Inputs(model, bases) if kind == "inputs" else _Gradients(bases)
     device = next(model.parameters()).device
     tokens = int((examples.trained_counts if kind == "gradients" else examples.lengths)[list(rows)].sum())
     batches = micro_batches(examples, rows, max_tokens=None, max_rows=1, packing=False, pad_id=pad_id)
     with measured, computing(model, precision):
         for batch in batches:
             measured.step(lambda batch=batch: loss_sum(model, batch, device))
+    for name, total in measured.totals.items():
+        if not torch.isfinite(total).all():
+            what = f"the {kind} of this layer are not finite on the rows that its start is measured on"
+            fix = "bfloat16 and float32 hold larger numbers: see train.precision"
+            raise UserError(what, where=name, fix=fix, code=ExitCode.NON_FINITE)
     return {name: total / tokens for name, total in measured.totals.items()}
 
 
 class _Inputs:
-    """Σ x·xᵀ, by hooks that see what goes into each layer."""
+    """Σ x·xᵀ, by hooks that see what goes into each layer, adapted or not."""
 
-    def __init__(self, bases: Mapping[str, Base]) -> None:
-        self.bases = bases
+    def __init__(self, model: nn.Module, bases: Mapping[str, Base]) -> None:
+        self.layers = {name: model.get_submodule(name) for name in bases}
         self.totals = {
             name: torch.zeros(base.in_features, base.in_features, device=base.module.weight.device)
             for name, base in bases.items()
@@ -57,7 +66,7 @@ class _Inputs:
 
     def __enter__(self) -> "_Inputs":
         self.handles = [
-            base.module.register_forward_pre_hook(self._hook(name)) for name, base in self.bases.items()
+            layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()
         ]
         return self
 

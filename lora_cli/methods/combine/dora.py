@@ -13,8 +13,11 @@ from lora_cli.adapter.delta import Delta
 from lora_cli.adapter.layer import Adapted
 
 forbids = {
-    "base.embedding": "its rows are tokens, and a length for each dimension of all of them has no meaning"
+    "base.embedding": "its rows are tokens, and a length for each dimension of all of them has no meaning",
+    "lora_bias": "it would be scaled with its row, and no bias of a plain layer is",
 }
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Of a squared length, so that a row of zeros can be divided by it."""
 
 
 class DoRA(Adapted):
@@ -43,23 +46,27 @@ class DoRA(Adapted):
     def norm(self) -> Tensor:
         """‖W0 + ΔW‖ by rows, float32 [out]; from the factors where there are, without a tensor of W0's shape.
 
-        ‖W0 + B·A‖² = ‖W0‖² + 2·(W0·Aᵀ ⊙ B) + (B·(A·Aᵀ) ⊙ B), each summed over a row.
+        ‖W0 + B·A‖² = ‖W0‖² + 2·(W0·Aᵀ ⊙ B) + (B·(A·Aᵀ) ⊙ B), each summed over a row. Terms that cancel, as where a
+        start is subtracted, have to be exact: they are never rounded to what autocast computes in.
         """
         factors = self.delta.factors()
         if factors is None:
-            return torch.linalg.vector_norm(self.base.weight() + self.delta.weight(), dim=1)
-        B, A = factors
-        # W0·Aᵀ is W0 applied to the rows of A, in the type that W0 is kept in.
-        kept = self.base_layer(A.to(self.base_layer.weight.dtype)).float()
-        if self.base.bias is not None:
-            kept = kept - self.base.bias.float()
-        squares = self.squares + (2 * kept.t() * B).sum(1) + (F.linear(B, A @ A.t()) * B).sum(1)
-        return squares.clamp(min=0).sqrt()
+            return _lengths(self.base.weight() + self.delta.weight())
+        (B, A), W0 = factors, self.base.oriented(self.base_layer.weight)
+        with torch.autocast(A.device.type, enabled=False):
+            kept = F.linear(A.to(W0.dtype), W0).float()  # in the type that W0 is kept in
+            squares = self.squares + (2 * kept.t() * B).sum(1) + (F.linear(B, A @ A.t()) * B).sum(1)
+        return squares.clamp(min=SMALLEST).sqrt()
 
     def merged_weight(self) -> Tensor:
         """M ⊙ (W0 + ΔW) / ‖W0 + ΔW‖."""
         W = self.base.weight() + self.delta.weight()
-        return (self.magnitude.detach() / torch.linalg.vector_norm(W, dim=1))[:, None] * W
+        return (self.magnitude.detach() / _lengths(W))[:, None] * W
+
+
+def _lengths(W: Tensor) -> Tensor:
+    """By rows."""
+    return W.square().sum(1).clamp(min=SMALLEST).sqrt()
 
 
 make = DoRA

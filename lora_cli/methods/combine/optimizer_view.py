@@ -5,6 +5,8 @@ moves by s·(B'A' − BA). The same steps as LoRA; the layer computes what a pla
 gradient of one layer at a time and a float32 copy of W.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,11 @@ class OptimizerView(Adapted):
         self._of: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """W·x + b."""
+        """W·x + b; as a sum while somebody measures the gradient of the W that is kept."""
+        if self.base_layer.weight.requires_grad:
+            return super().forward(x)
         y = self.base.project(x, self.folded().to(x.dtype))
-        return y if self.base.bias is None else y + self.base.bias
+        return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
 
     def folded(self) -> Tensor:
         """W0 + ΔW in float32 [out, in]; computed anew after every backward pass, and whenever A or B was written to.
@@ -53,6 +57,11 @@ class OptimizerView(Adapted):
             self._W[0].detach().copy_(W)
             self._of = now
         return self._W[0]
+
+    def train(self, mode: bool = True) -> Self:
+        """W is computed anew: after an evaluation, momentum may move A and B in a step that has no gradient for W."""
+        self._of = None
+        return super().train(mode)
 
     @torch.no_grad()
     def _project(self, W: Tensor) -> None:

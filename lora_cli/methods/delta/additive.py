@@ -28,6 +28,11 @@ class Additive(Delta):
         self.B = nn.Parameter(torch.zeros(place.base.out_features, place.r))
         self.scale = place.scale
 
+    def start(self) -> None:
+        """Zero."""
+        nn.init.zeros_(self.A)
+        nn.init.zeros_(self.B)
+
     def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
         """Sum x over its blocks of r for B; repeat A·x over the blocks of y."""
         r = self.A.shape[0]

@@ -23,6 +23,10 @@ class Miss(Delta):
         self.blocks = place.base.in_features // place.r
         self.scale = place.scale
 
+    def start(self) -> None:
+        """Zero."""
+        nn.init.zeros_(self.B)
+
     def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
         """Sum x over its blocks, then one addmm."""
         summed = x.unflatten(-1, (self.blocks, -1)).sum(-2).flatten(0, -2)

@@ -10,6 +10,19 @@ from lora_cli.adapter.delta import Place
 needs = {"init.own": "it starts as W0"}
 
 
+needs = {
+    "init.own": "it starts as W0",
+    "scale.constant": "there is no ΔW to be scaled",
+    "combine.add": "there is no ΔW beside W0",
+    "trainable.all": "it is one tensor",
+}
+forbids = {
+    "dropout": "there is no ΔW from whose input something could be dropped",
+    "lora_bias": "there is no B: name the biases in adapter.train_also",
+    "rank_pattern": "it has no rank",
+}
+
+
 def make(place: Place) -> NoReturn:
     """Never called: the plan lists W among the parameters that are trained in full."""
     raise AssertionError("a whole weight is no delta")

@@ -41,11 +41,14 @@ def init(delta: LowRank, start: Start, mode: str, rows: int) -> None:
 
 
 def _damped(C: Tensor) -> tuple[Tensor, Tensor]:
-    """C and its inverse, with as little added to the diagonal as makes one the inverse of the other."""
+    """C and its inverse, with as little added to the diagonal as makes one the inverse of the other in float32.
+
+    Where nothing at all was measured, C becomes the identity.
+    """
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
-    damping = 0.01 * C.diagonal().mean()
+    damping = 0.01 * C.diagonal().mean().item() or 1.0
     while True:
-        inverse = torch.linalg.inv(C)
-        if torch.dist(C @ inverse, identity) < 0.05:  # the authors' bound
-            return C, inverse
+        inverse, singular = torch.linalg.inv_ex(C.float())
+        if not singular and torch.dist(C.float() @ inverse, identity.float()) < 0.05:  # the authors' bound
+            return C, torch.linalg.inv(C)
         C, damping = C + damping * identity, 2 * damping

@@ -4,6 +4,7 @@ Measured on training rows before the first step. With `redistribute`, layers who
 larger r, the sum staying what it was.
 """
 
+from collections import Counter
 from typing import Annotated
 
 import torch
@@ -37,12 +38,16 @@ def init(delta: LowRank, start: Start, rows: int, rho: float) -> None:
 
 
 def ranks(wanted: dict[str, int], statistics: dict[str, Tensor], rho: float, rows: int) -> dict[str, int]:
-    """Share out Σ r: the directions that explain most of their layer's inputs first, at most rho·r a layer."""
-    explained: list[tuple[float, str]] = []
+    """Share out Σ r: one to every layer, then the directions that explain most of their layer's inputs first.
+
+    At most rho·r a layer.
+    """
+    explained: list[tuple[bool, float, str]] = []
     for name, r in wanted.items():
         values = torch.linalg.eigvalsh(statistics[name].double()).flip(0).clamp(min=0)
-        limit = min(int(rho * r), len(values))
-        explained += [(share, name) for share in (values[:limit] / values.sum()).tolist()]
-    explained.sort(key=lambda found: -found[0])
-    chosen = [name for _, name in explained[: sum(wanted.values())]]
-    return {name: max(chosen.count(name), 1) for name in wanted}
+        shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+        found = shares[: int(rho * r)].tolist()
+        explained += [(number > 0, -share, name) for number, share in enumerate(found)]
+    explained.sort(key=lambda found: found[:2])
+    chosen = Counter(name for *_, name in explained[: sum(wanted.values())])
+    return {name: chosen[name] for name in wanted}

@@ -26,12 +26,13 @@ class Settings(Section):
 
 
 def init(delta: LowRank, start: Start, rows: int, gamma: float) -> None:
-    """A = V[:r]ᵀ, B = U[r:2r], scaled; they are subtracted."""
+    """A = V[:r]ᵀ, B = U[r:2r], or the last r where there are no 2r, scaled; they are subtracted."""
     assert start.statistic is not None
     r = delta.A.shape[0]
     U, _, Vt = torch.linalg.svd(start.statistic.float(), full_matrices=False)
     size = delta.B.shape[0] ** 0.25 / gamma**0.5
-    left = U[:, r : 2 * r]
+    first = max(min(r, U.shape[1] - r), 0)
+    left = U[:, first : first + r]
     delta.A[: len(Vt[:r])] = Vt[:r] * size
     delta.B[:, : left.shape[1]] = left * size
     delta.subtract_start()

@@ -43,6 +43,7 @@ class DeltaLoRA(Lifecycle):
             delta.fix(torch.zeros_like(delta.B).repeat(1, 2), torch.zeros_like(delta.A).repeat(2, 1))
         if self.after == 0:
             self._remember(run)
+            self._write(run, 2, 1.0)
 
     def stepped(self, run: Run) -> None:
         """Follow B·A; at step `after` remember where it is."""

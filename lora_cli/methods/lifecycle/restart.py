@@ -5,29 +5,55 @@ right start of the frozen factor Flora (arXiv:2402.03293) and GaLore (arXiv:2403
 the base, which stays as it is; what is saved is exact factors while these are smaller than W, else W.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from lora_cli import parts
+from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.lifecycle import Lifecycle, Run
 from lora_cli.adapter.seed import generator_of
 from lora_cli.adapter.start import Start
 from lora_cli.recipe.schema import Section
 
-if TYPE_CHECKING:
-    pass
+Moments = Annotated[float, Field(ge=0, le=1)] | Literal["carry"]
 
-forbids = {
-    "combine.dora": "its lengths are those of W0 + ΔW, and W0 would change under them",
-    "base.quantized": "every restart would quantise W anew, and lose what was learned",
-    "lora_bias": "the bias of B would be lost at every restart",
-    "rank.adalora": "a rank controller decides over a whole run, not over the piece between two restarts",
-    "delta.vera": "all layers share one A and B, which cannot start anew",
-    "delta.whole": "there is nothing that could be merged",
-}
+
+def needs(every: int, moments: Moments, **_: object) -> dict[str, str]:
+    """What its settings ask for."""
+    found: dict[str, str] = {}
+    if every == 1:
+        found |= {ONE_STEP: "beside a factor that is zero in every step the other one never learns"}
+    if moments == "carry":
+        found |= {
+            "delta.lowrank": "to be carried, a moment goes through one A and into the next",
+            "trainable.lora_fa": "B's moment is one of W only while A stays",
+        }
+    return found
+
+
+def forbids(moments: Moments, **_: object) -> dict[str, str]:
+    """What never goes with it, and what its settings rule out."""
+    found = {
+        "combine.dora": "its lengths are those of W0 + ΔW, and W0 would change under them",
+        "base.quantized": "every restart would quantise W anew, and lose what was learned",
+        "lora_bias": "the bias of B would be lost at every restart",
+        "rank.adalora": "a rank controller decides over a whole run, not over the piece between two restarts",
+        "delta.vera": "all layers share one A and B, which cannot start anew",
+        "delta.whole": "there is nothing that could be merged",
+    }
+    return found | ({"optimizer.sgd": "it has no moments that could be kept"} if moments else {})
+
+
+ONE_STEP = " or ".join(
+    (
+        *("trainable.lora_fa", "trainable.only_a", "delta.two_sided", "delta.additive", "delta.miss"),
+        *("init.symmetric", "init.pissa", "init.milora", "init.olora", "init.corda", "init.lora_ga"),
+    )
+)
+"""With one of these, everything that trains learns in a single step."""
 
 
 class Settings(Section):
@@ -36,7 +62,7 @@ class Settings(Section):
     every: Annotated[int, Field(ge=1)] = Field(
         default=100, description="Optimizer steps from start to start."
     )
-    moments: Annotated[float, Field(ge=0, le=1)] | Literal["carry"] = Field(
+    moments: Moments = Field(
         default=0.0,
         description="Share of Adam's moments that is kept at a restart (0: it starts anew, 1: all); carry: the first "
         "moment is taken along into the new projection.",
@@ -69,13 +95,18 @@ class Restart(Lifecycle):
 
     def gradients(self, run: Run) -> None:
         """Layers that were not drawn do not learn."""
-        if self.layers is None:
-            return
-        chosen = drawn(list(run.adapter.layers), self.layers, run.train.seed, run.step // self.every)
+        chosen = self._learning(run, run.step)
         for name, layer in run.adapter.layers.items():
             if name not in chosen:
                 for parameter in layer.own_tensors().values():
                     parameter.grad = None
+
+    def _learning(self, run: Run, step: int) -> set[str]:
+        """The layers that learn in step 0, 1, ..."""
+        names = list(run.adapter.layers)
+        if self.layers is None:
+            return set(names)
+        return drawn(names, self.layers, run.train.seed, step // self.every)
 
     @torch.no_grad()
     def stepped(self, run: Run) -> None:
@@ -86,13 +117,17 @@ class Restart(Lifecycle):
         init = parts.load("init", method.init.name)
         settings = parts.settings("init", method.init)
         kind = getattr(init, "measures", None)
-        for name in run.adapter.layers:
-            run.adapter.absorb(name)
         measured = run.measure(kind) if kind else {}
+        for name in self._learning(run, run.step - 1):
+            run.adapter.absorb(name)
         for name, layer in run.adapter.layers.items():
             before = {key: p.detach().clone() for key, p in layer.delta.named_parameters()}
             generator = generator_of(run.train.seed, f"{name}@{run.step}")
-            init.init(layer.delta, Start(layer.base, generator, measured.get(name)), **settings)
+            if isinstance(layer.delta, LowRank):
+                layer.delta.unfix()
+            # On the CPU, where its generator is, as before the first step.
+            init.init(layer.delta.cpu(), Start(layer.base, generator, measured.get(name)), **settings)
+            layer.delta.to(layer.base_layer.weight.device)
             for key, parameter in layer.delta.named_parameters():
                 self._forget(run, key, parameter, before, layer.delta, name)
 
@@ -118,10 +153,12 @@ class Restart(Lifecycle):
         else:
             assert isinstance(self.moments, float)
             generator = generator_of(run.train.seed, f"moments of {name}.{key}@{run.step}")
-            for moment in (state.get("exp_avg"), state.get("exp_avg_sq")):
-                if moment is not None:
-                    kept = torch.rand(moment.shape, generator=generator) < self.moments
-                    moment.mul_(kept.to(moment.device))
+            # Both moments of the same entries: a first without its second would be divided by almost nothing.
+            kept = (torch.rand(parameter.shape, generator=generator) < self.moments).to(parameter.device)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment].mul_(kept)
+            # Else Adam would take the zeros for averages of many steps, and move by 3 to 6 times its rate.
+            state["step"].zero_()
 
 
 make = Restart

@@ -5,6 +5,7 @@ Importance is sensitivity |w·∂w| times its uncertainty, both averaged over st
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -38,6 +39,11 @@ class Settings(Section):
     orthogonality: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="Weight of the penalty that keeps components apart."
     )
+
+    def contradictions(self) -> Iterator[str]:
+        """There have to be steps in which something is decided."""
+        if self.warmup + self.final >= 1:
+            yield "'warmup' and 'final' leave no step between them; lower one of them"
 
 
 def initial_r(r: int, initial: float, **_: float) -> int:
@@ -74,10 +80,15 @@ class AdaLoRA(Lifecycle):
 
     @torch.no_grad()
     def stepped(self, run: Run) -> None:
-        """Average; then close what is beyond the budget."""
-        for name, delta in _gated(run):
-            for key in ("A", "B", "E"):
-                self._average(f"{name}.{key}", delta.get_parameter(key))
+        """Average; then close what is beyond the budget.
+
+        Between two decisions a closed gate learns like any other, so that the next one may open it (section 4 of
+        the paper). At the end nothing is averaged any more: the same gates are closed after every step.
+        """
+        if run.step <= self._span(run)[1]:
+            for name, delta in _gated(run):
+                for key in ("A", "B", "E"):
+                    self._average(f"{name}.{key}", delta.get_parameter(key))
         budget = self.budget(run)
         if budget is not None:
             self._close(run, budget)
@@ -86,7 +97,8 @@ class AdaLoRA(Lifecycle):
         if parameter.grad is None:
             return
         mean, spread = self.averages[f"{name}|mean"], self.averages[f"{name}|spread"]
-        importance = (parameter * parameter.grad).abs()
+        # A step that overflowed in float16 was skipped; what is not a number would stay in the averages for ever.
+        importance = (parameter * parameter.grad).abs().nan_to_num(0, posinf=0)
         mean.lerp_(importance, 1 - self.beta)
         spread.lerp_((importance - mean).abs(), 1 - self.beta)
 
@@ -94,21 +106,23 @@ class AdaLoRA(Lifecycle):
         """Components that may be open after this step, over all layers; None where nothing is decided."""
         first = sum(delta.A.shape[0] for _, delta in _gated(run))
         last = sum(max(math.floor(delta.A.shape[0] / self.initial), 1) for _, delta in _gated(run))
-        begin, end = round(self.warmup * run.total_steps), round((1 - self.final) * run.total_steps)
-        if run.step <= begin:
-            return None
+        begin, end = self._span(run)
         if run.step >= end:
             return last
-        if (run.step - begin) % self.every:
+        if run.step <= begin or (run.step - begin) % self.every:
             return None
         left = 1 - (run.step - begin) / (end - begin)
         return round(last + (first - last) * left**3)
+
+    def _span(self, run: Run) -> tuple[int, int]:
+        """The step after which decisions begin, and that of the last one."""
+        return round(self.warmup * run.total_steps), round((1 - self.final) * run.total_steps)
 
     def _close(self, run: Run, budget: int) -> None:
         """Zero the gates of all but the `budget` most important components; ties are broken by their order."""
         scores = torch.cat([self._scores(name) for name, _ in _gated(run)])
         is_open = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        is_open[torch.topk(scores, min(budget, len(scores))).indices] = True
+        is_open[torch.argsort(scores, descending=True, stable=True)[:budget]] = True
         sizes = [delta.A.shape[0] for _, delta in _gated(run)]
         for (_, delta), kept in zip(_gated(run), is_open.split(sizes), strict=True):
             delta.get_parameter("E").mul_(kept)

@@ -4,8 +4,12 @@ With B the leading left singular vectors of the gradient, drawn anew now and the
 """
 
 forbids = {
-    f"init.{name}": "B would stay zero for ever, and with it ΔW: choose an init that fills B"
-    for name in ("kaiming", "gaussian", "orthogonal", "eva", "random_projection")
+    **{
+        f"init.{name}": "B would stay zero for ever, and with it ΔW: choose an init that fills B"
+        for name in ("kaiming", "gaussian", "orthogonal", "eva", "random_projection")
+    },
+    "delta.miss": "it has no A, so nothing would train",
+    "delta.vera": "its B is frozen anyway",
 }
 
 

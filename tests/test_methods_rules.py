@@ -1,0 +1,155 @@
+"""Parts that do not go together are refused with the reason, before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_cli import model as models
+from lora_cli import presets
+from lora_cli.adapter import plan, rules
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.presets import PRESETS
+from lora_cli.recipe.load import Loaded
+from lora_cli.recipe.schema import AdapterRecipe, Recipe
+from lora_cli.run.check import check
+from lora_cli.run.train import train
+from lora_cli.screen import Screen
+from tests import tiny
+
+SHIFTS = ("pissa", "milora", "olora", "symmetric", "corda", "lora_ga")
+MOVES_W = ("optimizer_view", "serial", "relora", "cola", "xgblora", "flora", "galore", "random_projection")
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "W moves by what was computed with": (
+        {"method": "delta_lora", "dropout": 0.1},
+        {},
+        "lifecycle: delta_lora.*dropout",
+    ),
+    "no input of A": ({"method": "optimizer_view", "dropout": 0.1}, {}, "combine: optimizer_view.*dropout"),
+    **{
+        f"{init} of shared factors": ({"method": "vera", "init": init}, {}, "delta: vera: needs init.own")
+        for init in SHIFTS
+    },
+    **{
+        f"{init} of closed gates": ({"method": "adalora", "init": init}, {}, "delta: gated: needs init.small")
+        for init in SHIFTS
+    },
+    "two that decide over ranks": (
+        {"method": "adalora", "init": "eva"},
+        {},
+        "rank: adalora.*init.eva.*one of both",
+    ),
+    "a rank controller over restarts": (
+        {"method": "serial", "delta": "gated", "init": "small", "rank": "adalora"},
+        {},
+        "rank.adalora",
+    ),
+    "gates without a rank controller's start": ({"delta": "gated"}, {}, "delta: gated: needs init.small"),
+    "a rank controller without gates": ({"rank": "adalora"}, {}, "rank: adalora: needs delta.gated"),
+    "lengths of a W0 that changes": (
+        {"method": "serial", "combine": "dora"},
+        {},
+        "lifecycle: restart.*combine.dora",
+    ),
+    "a bias inside the length": ({"method": "dora", "lora_bias": True}, {}, "combine: dora.*lora_bias"),
+    "two rates, A frozen": (
+        {"method": "lora_fa"},
+        {"optimizer": "lora_plus"},
+        "train.optimizer: lora_plus.*one rate",
+    ),
+    "two rates, B frozen": (
+        {"method": "galore"},
+        {"optimizer": "lora_plus"},
+        "train.optimizer: lora_plus.*one rate",
+    ),
+    "two rates, no A": ({"method": "miss"}, {"optimizer": "lora_plus"}, "train.optimizer: lora_plus.*no A"),
+    "two rates, both frozen": (
+        {"method": "vera"},
+        {"optimizer": "lora_plus"},
+        "train.optimizer: lora_plus.*are frozen",
+    ),
+    "two rates, neither": (
+        {"method": "full"},
+        {"optimizer": "lora_plus"},
+        "train.optimizer: lora_plus.*neither",
+    ),
+    "correction for an A that trains": (
+        {},
+        {"optimizer": "lora_fa"},
+        "train.optimizer: lora_fa: needs trainable.lora_fa",
+    ),
+    "A frozen at zero": ({"method": "lora_fa", "init": "zero_a"}, {}, "trainable: lora_fa.*zero for ever"),
+    "B frozen at zero": ({"trainable": "only_a"}, {}, "trainable: only_a.*zero for ever"),
+    "both factors zero": ({"init": "own"}, {}, "init: own.*A and B"),
+    "a start of its own": ({"method": "additive", "init": "pissa"}, {}, "delta: additive: needs init.own"),
+    "an alpha without effect": (
+        {"method": "additive", "alpha": 4.0},
+        {},
+        "scale: constant.*alpha.*no effect",
+    ),
+    "ranks of one pair": ({"method": "vera", "rank_pattern": {"q_proj": 2}}, {}, "delta: vera.*rank_pattern"),
+}
+
+
+def recipe(adapter: dict[str, Any], train: dict[str, Any], output: Path) -> Recipe:
+    """For a model and for rows that are not there."""
+    return Recipe.model_validate(
+        {
+            "model": {"name": "/nowhere/model"},
+            "data": {"train": "/nowhere/rows.jsonl"},
+            "adapter": adapter,
+            "train": train,
+            "output": {"dir": str(output)},
+        }
+    )
+
+
+@pytest.mark.parametrize(("adapter", "optimizer", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_go_together_is_refused_before_anything_is_loaded(adapter, optimizer, reason, tmp_path):
+    asked = recipe(adapter, optimizer, tmp_path / "run")
+    for command in (train, lambda asked, screen: check(Loaded(asked, {}, "recipe"), screen, 0)):
+        with pytest.raises(UserError, match=rf"(?s){reason}") as caught:
+            command(asked, Screen())
+        assert caught.value.code is ExitCode.RECIPE
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_what_a_method_is_made_of_is_not_refused(method, tmp_path):
+    with pytest.raises(UserError, match="/nowhere/model"):
+        train(recipe({"method": method}, {}, tmp_path / "run"), Screen())
+
+
+@pytest.mark.parametrize("name", MOVES_W)
+def test_a_quantised_base_is_refused_where_w_is_written_to(name):
+    method = presets.resolve(AdapterRecipe(method=name))
+    rules.check(method, rules.facts_of(method))
+    with pytest.raises(UserError, match=r"base\.quantized"):
+        rules.check(method, {*rules.facts_of(method), "base.quantized"})
+
+
+OF_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "additive, r": ({"method": "additive", "r": 5}, "r = 5 has to divide both sides"),
+    "additive, r of a layer": (
+        {"method": "additive", "r": 4, "rank_pattern": {"up_proj": 5}},
+        r"up_proj \(48×32\): r = 5 has to divide both sides",
+    ),
+    "miss, r": ({"method": "miss", "r": 5}, "r = 5 has to divide the inputs"),
+    **{
+        f"{method}, embedding": (
+            {"method": method, "target_modules": ("embed_tokens", "q_proj")},
+            "cannot be combined with base.embedding",
+        )
+        for method in ("dora", "eva", "corda", "additive", "miss", "optimizer_view")
+    },
+}
+
+
+@pytest.mark.parametrize(("adapter", "reason"), OF_LAYERS.values(), ids=OF_LAYERS)
+def test_what_does_not_go_with_a_layer_is_refused_before_it_has_weights(adapter, reason):
+    with torch.device("meta"):
+        skeleton = tiny.model("llama")
+    with pytest.raises(UserError, match=reason):
+        plan.make(AdapterRecipe(**{"r": 4, **adapter}), skeleton, models.ends_of(skeleton))
