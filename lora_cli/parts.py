@@ -87,7 +87,11 @@ def declared(axis: str, name: str) -> list[tuple[str, Any, str]]:
     fields = [field for node in classes if node.name == "Settings" for field in node.body]
     found: list[tuple[str, Any, str]] = []
     for each in fields:
-        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and isinstance(each.value, ast.Call):
+        if (
+            isinstance(each, ast.AnnAssign)
+            and isinstance(each.target, ast.Name)
+            and isinstance(each.value, ast.Call)
+        ):
             said = {word.arg: ast.literal_eval(word.value) for word in each.value.keywords if word.arg}
             found.append((each.target.id, said.get("default"), str(said.get("description", ""))))
     return found

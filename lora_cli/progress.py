@@ -141,7 +141,7 @@ class Runs:
         """The run is over; only what was done counts for how long the others will take."""
         if not failed:
             self.seconds.append(time.perf_counter() - self.began)
-        self.bar.update(self.task, completed=self.number)
+        self.bar.update(self.task, completed=self.number, description="")
         self.console.print(f"{'! ' * failed}{what}", style="yellow" if failed else None, markup=False)
 
     def left(self, share: float) -> float:

@@ -177,7 +177,7 @@ def test_length_is_as_exact_beside_a_large_bias():
     linear.bias.fill_(400)
     layer = DoRA(view_of(linear)[1], layer_of().delta)
     rows = layer.base.weight().double() + layer.delta.weight().double()
-    assert distance(layer.norm(), rows.norm(dim=1)) < 1e-3
+    assert distance(layer.norm(), rows.norm(dim=1)) < 2e-3
 
 
 def test_a_row_of_zeros_stays_zero_and_can_learn():

@@ -46,7 +46,9 @@ def _other_numbers_in_every_session():
 def base_of(kind: str, shape: tuple[int, int]) -> Base:
     """W0 with singular values from 3 to 1/2, so that its directions are told apart."""
     out, width = shape
-    base = view_of((nn.Linear(width, out) if kind == "linear" else Conv1D(out, width)).requires_grad_(False))[1]
+    base = view_of((nn.Linear(width, out) if kind == "linear" else Conv1D(out, width)).requires_grad_(False))[
+        1
+    ]
     U, values, Vt = spectrum(torch.randn(shape))
     base.set_weight((U * torch.linspace(3, 0.5, len(values)) @ Vt).float())
     return base
@@ -88,7 +90,7 @@ def test_pissa_leaves_the_tail_of_the_spectrum(kind, shape):
     delta = started("pissa", base)
     left = base.weight().double() - product(delta)
     assert left.square().sum().item() == pytest.approx(values[R:].square().sum().item(), rel=1e-5)
-    assert distance(product(delta), U[:, :R] * values[:R] @ Vt[:R]) < 1e-5
+    assert distance(product(delta), U[:, :R] * values[:R] @ Vt[:R]) < 1e-4
     assert distance(delta.A.detach().norm(dim=1), (values[:R] / S).sqrt()) < 1e-5, "s is shared by both"
     assert distance(delta.B.detach().norm(dim=0), (values[:R] / S).sqrt()) < 1e-5
 
@@ -397,17 +399,17 @@ def test_corda_leaves_the_tail_of_the_spectrum_as_the_inputs_see_it(shape):
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
-@pytest.mark.parametrize("tokens", [3, 60])
-def test_corda_works_where_the_inputs_leave_directions_out(tokens, mode):
+@pytest.mark.parametrize(("tokens", "absent"), [(3, 0), (3, 2), (60, 2)])
+def test_corda_works_where_the_inputs_leave_directions_out(tokens, absent, mode):
     """Fewer tokens than inputs, and inputs that are always zero: C has no inverse until it is damped."""
     base, x = base_of("linear", (20, 12)), torch.randn(tokens, 12)
-    x[:, 5] = 0
+    x[:, :absent] = 0
     delta = started("corda", base, x.t() @ x / tokens, mode=mode)
     A, B = delta.A.detach(), delta.B.detach()
     assert torch.isfinite(A).all()
     assert torch.isfinite(B).all()
     assert delta.weight().norm() < 1e-5 * base.weight().norm()
-    assert A.abs().max() < 1e3 * B.abs().max(), "neither factor is out of all proportion"
+    assert A.abs().max() < 1e4 * B.abs().max(), "neither factor is out of all proportion"
 
 
 def test_what_was_never_seen_is_no_reason_to_stop():

@@ -6,6 +6,7 @@ A run that failed takes nothing with it; a finished one is read back; one that w
 import hashlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -118,9 +119,8 @@ def _train_and_measure(run: "Run", base: dict[str, Any] | None, shown: "Runs", s
     if not RunFolder(run.folder).adapter.exists():
         command = ["train", str(run.beside("yaml")), "--output", folder, "--resume"]
         _lora(command, run, stop, lambda: shown.moved(*_progress(run)))
-    shown.moved(TRAINING, "measuring")
     command = ["eval", folder, "--json", *(["--adapter-only"] if base else [])]
-    report = json.loads(_lora(command, run, stop, lambda: None))
+    report = json.loads(_lora(command, run, stop, lambda: shown.moved(TRAINING, "measuring")))
     return {"base": base, **report}
 
 
@@ -175,8 +175,8 @@ def _wait(process: subprocess.Popen[bytes], stop: Stop, tick: Callable[[], None]
 def _complaint(code: int, log: Path, start: int) -> str:
     """Why a process failed, out of what it wrote: our message, or the last line of a traceback."""
     said = log.read_bytes()[start:].decode("utf-8", errors="replace").strip()
-    ours = said.rpartition("error: ")
-    reason = ours[2] if ours[1] and "\nTraceback" not in f"\n{ours[2]}" else said.rpartition("\n")[2]
+    *before, last = re.split("^error: ", said, flags=re.MULTILINE)
+    reason = last if before and "Traceback" not in last else said.rpartition("\n")[2]
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}" + (", most likely for its memory" * (code == -9))
     elif code == ExitCode.INTERRUPTED:

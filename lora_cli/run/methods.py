@@ -61,7 +61,9 @@ def _settings(axis: str, name: str, screen: Screen) -> None:
     declared = parts.declared(axis, name)
     if declared:
         screen.heading(f"settings of {axis}: {name}")
-        screen.table(["key", "default", ""], [(key, _plain(default), meaning) for key, default, meaning in declared])
+        screen.table(
+            ["key", "default", ""], [(key, _plain(default), meaning) for key, default, meaning in declared]
+        )
 
 
 def _written(axis: str, name: str) -> str:
