@@ -189,7 +189,7 @@ def test_optimizer_view_of_a_model_takes_the_same_steps_as_lora(kind, optimizer,
     number, rows, found = seed(), Rows(), []
     common = {
         "optimizer": optimizer,
-        "learning_rate": {"adamw": 1e-3, "sgd": 0.02}[optimizer],
+        "learning_rate": {"adamw": 2e-4, "sgd": 0.02}[optimizer],
         "max_steps": 50,
         "batch_size": 12,
     }
@@ -199,8 +199,7 @@ def test_optimizer_view_of_a_model_takes_the_same_steps_as_lora(kind, optimizer,
     (lora, losses), (view, others) = found
     assert others == pytest.approx(losses, abs=1e-5)
     for name, parameter in view.adapter.named_tensors().items():
-        # Mostly 3e-7; but Adam makes whole steps of what is rounding in a gradient that is nearly zero.
-        assert distance(parameter, lora.adapter.named_tensors()[name]) <= 1e-4, name
+        assert distance(parameter, lora.adapter.named_tensors()[name]) <= 1e-5, name
     for name, W in weights(view).items():
         assert distance(W, weights(lora)[name]) <= 1e-5
     assert losses[-1] < losses[0]
