@@ -198,8 +198,10 @@ def test_optimizer_view_of_a_model_takes_the_same_steps_as_lora(kind, optimizer,
         found.append((run, [report.loss for report in loop.train_steps(run)]))
     (lora, losses), (view, others) = found
     assert others == pytest.approx(losses, abs=1e-5)
+    # AdamW steps by the sign of a gradient that is all rounding, so that a few entries of a factor go another way.
+    near = {"adamw": 1e-3, "sgd": 1e-5}[optimizer]
     for name, parameter in view.adapter.named_tensors().items():
-        assert distance(parameter, lora.adapter.named_tensors()[name]) <= 1e-5, name
+        assert distance(parameter, lora.adapter.named_tensors()[name]) <= near, name
     for name, W in weights(view).items():
         assert distance(W, weights(lora)[name]) <= 1e-5
     assert losses[-1] < losses[0]
