@@ -22,11 +22,21 @@ def main() -> int:
 def filled(text: str) -> str:
     """README with every generated table as it should be."""
     for name, made in (("methods", methods()), ("parts", all_parts()), ("keys", keys())):
-        begin, end = f"<!-- {name}: made by scripts/readme.py -->", f"<!-- end of {name} -->"
-        head, _, rest = text.partition(begin)
-        _, _, tail = rest.partition(end)
-        text = f"{head}{begin}\n{made}\n{end}{tail}"
+        text = between(text, name, "scripts/readme.py", made)
     return text
+
+
+def between(text: str, name: str, script: str, made: str) -> str:
+    """Text with `made` between the markers of `name`."""
+    begin, end = f"<!-- {name}: made by {script} -->", f"<!-- end of {name} -->"
+    head, found, rest = text.partition(begin)
+    assert found, f"README.md has no line {begin}"
+    return f"{head}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+
+
+def write(name: str, script: str, made: str) -> None:
+    """Put what another script has measured between its markers."""
+    io_ops.write_text(README, between(README.read_text(encoding="utf-8"), name, script, made))
 
 
 def methods() -> str:

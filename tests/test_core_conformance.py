@@ -4,6 +4,7 @@ A new part is a new file; these tests find it by themselves.
 """
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -79,6 +80,12 @@ def fits(axis: str, name: str, kind: str) -> bool:
     return f"base.{kind}" not in getattr(parts.load(axis, name), "forbids", {})
 
 
+def on_layers(axis: str, names: Iterable[str]) -> pytest.MarkDecorator:
+    """Each part on every layer that its file takes; the argument is called as the axis."""
+    cases = [(name, *layer) for name in names for layer in LAYERS if fits(axis, name, layer[0])]
+    return pytest.mark.parametrize((axis, "kind", "dtype"), cases)
+
+
 # ---- base ------------------------------------------------------------------------------------------------------
 
 
@@ -116,44 +123,38 @@ def test_replaced_base_holds_exactly_the_new_weight(kind, dtype):
 # ---- delta and combine -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DELTAS)
-@pytest.mark.parametrize(("kind", "dtype"), LAYERS)
-def test_delta_adds_its_weight_times_x(name, kind, dtype):
-    if not fits("delta", name, kind):
-        return
+@on_layers("delta", DELTAS)
+def test_delta_adds_its_weight_times_x(delta, kind, dtype):
     base = base_of(kind, dtype)
-    delta, x = delta_of(name, base), input_of(base, dtype)
+    made, x = delta_of(delta, base), input_of(base, dtype)
     y = torch.randn(3, 5, OUT).to(dtype)
-    expected = y.double() + as_vectors(base, x) @ delta.weight().double().t()
+    expected = y.double() + as_vectors(base, x) @ made.weight().double().t()
     allowed = tolerance(dtype, expected.abs().max().item())
-    torch.testing.assert_close(delta.add_to(y.clone(), x).double(), expected, **allowed)
+    torch.testing.assert_close(made.add_to(y.clone(), x).double(), expected, **allowed)
 
 
-@pytest.mark.parametrize("name", DELTAS)
+@pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_factors_of_a_delta_multiply_to_its_weight(name, kind):
-    delta = delta_of(name, base_of(kind, torch.float32))
-    factors = delta.factors()
+def test_factors_of_a_delta_multiply_to_its_weight(delta, kind):
+    made = delta_of(delta, base_of(kind, torch.float32))
+    factors = made.factors()
     if factors is not None:
-        torch.testing.assert_close(factors[0] @ factors[1], delta.weight())
+        torch.testing.assert_close(factors[0] @ factors[1], made.weight())
 
 
-@pytest.mark.parametrize("name", DELTAS)
-def test_declared_shapes_are_the_tensors_of_the_delta(name):
-    delta = delta_of(name, base_of("linear", torch.float32))
-    part = parts.load("delta", name)
+@pytest.mark.parametrize("delta", DELTAS)
+def test_declared_shapes_are_the_tensors_of_the_delta(delta):
+    made = delta_of(delta, base_of("linear", torch.float32))
+    part = parts.load("delta", delta)
     shared = part.shared_shapes(IN, OUT, R) if hasattr(part, "shared_shapes") else {}
-    found = {key: tuple(p.shape) for key, p in delta.named_parameters()}
+    found = {key: tuple(p.shape) for key, p in made.named_parameters()}
     assert part.shapes(IN, OUT, R) | shared == found
-    frozen = {key for key, p in delta.named_parameters() if not p.requires_grad}
+    frozen = {key for key, p in made.named_parameters() if not p.requires_grad}
     assert frozen == set(shared) | getattr(part, "FROZEN", frozenset())
 
 
-@pytest.mark.parametrize("combine", parts.names("combine"))
-@pytest.mark.parametrize(("kind", "dtype"), LAYERS)
+@on_layers("combine", parts.names("combine"))
 def test_merged_layer_equals_the_live_one_bias_included(combine, kind, dtype):
-    if not fits("combine", combine, kind):
-        return
     base = base_of(kind, dtype)
     layer: Adapted = parts.load("combine", combine).make(base, delta_of("lowrank", base))
     x = input_of(base, dtype)
@@ -274,10 +275,10 @@ def test_output_of_rslora_does_not_shrink_with_the_rank():
     assert slopes["alpha_over_r"] == pytest.approx(-0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("name", parts.names("trainable"))
-def test_after_ten_steps_exactly_the_declared_tensors_changed(name):
+@pytest.mark.parametrize("trainable", parts.names("trainable"))
+def test_after_ten_steps_exactly_the_declared_tensors_changed(trainable):
     delta = started("symmetric", "linear")
-    trains = parts.load("trainable", name).trains
+    trains = parts.load("trainable", trainable).trains
     for key, parameter in delta.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and trains(key))
     before = {key: value.clone() for key, value in delta.state_dict().items()}
@@ -290,15 +291,15 @@ def test_after_ten_steps_exactly_the_declared_tensors_changed(name):
     assert changed
 
 
-@pytest.mark.parametrize("name", parts.names("dropout"))
-def test_dropout_keeps_the_mean_and_rests_in_eval(name):
-    dropout = parts.load("dropout", name).make(p=0.3)
+@pytest.mark.parametrize("dropout", parts.names("dropout"))
+def test_dropout_keeps_the_mean_and_rests_in_eval(dropout):
+    made = parts.load("dropout", dropout).make(p=0.3)
     x = torch.randn(200, 500)
     torch.testing.assert_close(
-        dropout(x).sum(), x.sum(), rtol=0, atol=6 * (x.square().sum() * 0.3 / 0.7).sqrt().item()
+        made(x).sum(), x.sum(), rtol=0, atol=6 * (x.square().sum() * 0.3 / 0.7).sqrt().item()
     )
-    assert torch.equal(dropout.eval()(x), x)
-    assert parts.load("dropout", name).make(p=0.0) is None
+    assert torch.equal(made.eval()(x), x)
+    assert parts.load("dropout", dropout).make(p=0.0) is None
 
 
 # ---- optimizer ------------------------------------------------------------------------------------------------------

@@ -130,6 +130,11 @@ class Combination:
     beside: dict[str, Any]
 
     @property
+    def parts(self) -> list[str]:
+        """`axis.name` of each."""
+        return [f"{axis}.{part.name}" for axis, found in self.chosen.items() for part in found]
+
+    @property
     def adapter(self) -> AdapterRecipe:
         """The section of a recipe."""
         single = {
@@ -225,12 +230,7 @@ def found(axis: str, name: str) -> Found:
 def test_every_part_stands_in_enough_of_300_valid_combinations():
     valid = {str(each): each for axis, name in PARTS for each in found(axis, name).valid}
     refused = {str(each) for axis, name in PARTS for each, _ in found(axis, name).refused}
-    counts = Counter(
-        f"{axis}.{part.name}"
-        for each in valid.values()
-        for axis, chosen in each.chosen.items()
-        for part in chosen
-    )
+    counts = Counter(part for each in valid.values() for part in each.parts)
     print(f"\n{len(valid)} valid, {len(refused)} refused:", *sorted(counts.items()), sep="\n  ")
     assert len(valid) >= 300
     assert {
@@ -399,49 +399,69 @@ def has(combination: Combination, lifecycle: str) -> bool:
     return any(part.name == lifecycle for part in combination.chosen["lifecycle"])
 
 
-def check_laws(combination: Combination, folder: Path, goes_on: bool = True) -> None:
+LAWS = {
+    "base": "starts as the base",
+    "planned": "trains as many numbers as planned",
+    "moves": "no trained tensor is dead, every one moves",
+    "frozen": "nothing else moves, W0 neither; without the adapter it is the base to the bit",
+    "saved": "what is saved computes on the original base what was trained",
+    "resumed": "goes on from a checkpoint to the bit",
+    "merged": "merged computes the same as live",
+}
+"""What has to hold of every valid combination."""
+
+
+class Held(list[str]):
+    """The laws that were held so far."""
+
+    def hold(self, law: str, *facts: bool) -> None:
+        """Note the law where all facts are true, and fail where one is not."""
+        assert all(facts), f"{LAWS[law]}: {facts}"
+        self.append(law)
+
+
+def check_laws(combination: Combination, folder: Path, goes_on: bool = True) -> Held:
     """Everything that has to hold of a valid combination, in the order of a run.
 
     Args:
         combination: what is trained.
         folder: where checkpoint and adapter may be written.
         goes_on: whether to go on from the checkpoint, too, which takes as long as the rest.
+
+    Returns:
+        The laws that were checked, all of which hold.
     """
-    base = Tiny().eval()
+    base, held = Tiny().eval(), Held()
     plain, original = output(base), base.state_dict()
     run = begun(combination)
     adapter = run.adapter
-    assert distance(output(run.model), plain) < 1e-5, "starts as the base"
+    held.hold("base", distance(output(run.model), plain) < 1e-5)
 
     planned = sum(spec.num_trainable for spec in adapter.plan.layers)
     planned += sum(base.get_parameter(name).numel() for name in adapter.plan.also)
-    assert planned == sum(p.numel() for p in adapter.trainable().values()), (
-        "trains as many numbers as planned"
-    )
+    held.hold("planned", planned == sum(p.numel() for p in adapter.trainable().values()))
 
     before = copies(adapter)
     trained(run, folder)
     after = copies(adapter)
-    assert run.connected.all(), "no trained tensor is dead"
-    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
-    assert changed >= moving(combination, adapter), "every trained tensor moves"
-    assert not changed & frozen(combination, adapter), "nothing else does"
     learned = output(run.model)
-    assert not torch.equal(learned, plain), "something is learned"
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    left = moving(combination, adapter) - changed
+    held.hold("moves", bool(run.connected.all()), not left, not torch.equal(learned, plain))
 
     form = saved_form(adapter)
     with inject.without_adapters(adapter):
-        assert torch.equal(output(run.model), plain), "without the adapter it is the base"
+        same = torch.equal(output(run.model), plain)
         now = run.model.state_dict()
-        assert now.keys() == original.keys()
-        assert all(torch.equal(now[key], original[key]) for key in original), "W0 is what it was"
+        kept = now.keys() == original.keys() and all(torch.equal(now[key], original[key]) for key in original)
+        held.hold("frozen", not changed & frozen(combination, adapter), same, kept)
         (folder / "adapter").mkdir(parents=True)
         files.write(folder / "adapter", form, run.model, "the/base", None, ())
 
     saved = files.read(folder / "adapter")
     loaded = inject.inject(base, files.plan_of(saved, base, ENDS))
     files.fill(loaded, saved)
-    assert distance(output(base), learned) < 1e-5, "what is saved computes what was trained"
+    held.hold("saved", distance(output(base), learned) < 1e-5)
 
     if goes_on:
         again = begun(combination)
@@ -449,21 +469,23 @@ def check_laws(combination: Combination, folder: Path, goes_on: bool = True) -> 
         trained(again)
         went_on = copies(again.adapter)
         assert went_on.keys() == after.keys()
-        assert all(torch.equal(went_on[name], after[name]) for name in after), "goes on to the bit"
-        assert torch.equal(output(again.model), learned)
+        bits = all(torch.equal(went_on[name], after[name]) for name in after)
+        held.hold("resumed", bits, torch.equal(output(again.model), learned))
 
     inject.merge(run.model, adapter)
     assert not inject.adapted_layers(run.model)
-    assert distance(output(run.model), learned) < 1e-4, "merged computes the same as live"
+    held.hold("merged", distance(output(run.model), learned) < 1e-4)
+    return held
 
 
 @pytest.mark.parametrize(("axis", "name"), PARTS)
-def test_a_part_keeps_every_law_in_whatever_company_the_rules_allow(axis, name, tmp_path):
+def test_a_part_keeps_every_law_in_whatever_company_the_rules_allow(axis, name, tmp_path, record_property):
     for number, combination in enumerate(found(axis, name).valid):
         try:
-            check_laws(combination, tmp_path / str(number), goes_on=number % 2 == 0)
+            held = check_laws(combination, tmp_path / str(number), goes_on=number % 2 == 0)
         except Exception as error:
             raise AssertionError(f"{error}, with\n{combination}") from error
+        record_property(str(combination), {"parts": combination.parts, "held": list(held)})
 
 
 def simple(**adapter: Any) -> Combination:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli import parts
 from lora_cli.cli import app
 from lora_cli.errors import ExitCode
 from lora_cli.recipe.load import load
@@ -16,6 +17,15 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_generated_tables_are_current():
     assert readme.filled(TEXT) == TEXT
+
+
+def test_every_part_stands_in_the_table_of_what_was_checked():
+    table = TEXT[TEXT.index("## Conformance") :]
+    for axis in parts.AXES:
+        for name in parts.names(axis):
+            row = re.search(rf"^\| `{axis}\.{name}` \|(.*)", table, re.MULTILINE)
+            assert row is not None, f"{axis}.{name}: run python -m scripts.conformance"
+            assert re.search(r"[1-9]", row[1]), f"{axis}.{name} was never checked"
 
 
 def test_the_recipe_in_it_loads(tmp_path):
