@@ -7,7 +7,7 @@ checked it and passed; nothing is written where one fails.
 import datetime
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ class Counts:
         """After each phase of a test."""
         if call.when != "call" or call.excinfo is not None:
             return
-        for name, found in item.user_properties:
+        for name, found in cast("list[tuple[str, dict[str, Any]]]", item.user_properties):
             merged = {*self.combinations.get(name, {"held": ()})["held"], *found["held"]}
             self.combinations[name] = {"parts": found["parts"], "held": merged}
         own = own_checks(item.callspec.params) if hasattr(item, "callspec") else []
