@@ -238,7 +238,7 @@ def test_a_tensor_without_a_gradient_in_twenty_steps_is_an_error(recipe, monkeyp
 
     def disconnected(run: loop.Training) -> None:
         real_prepare(run)
-        run.model.model.layers[1].mlp.down_proj.delta.add_to = lambda y, x: y
+        run.model.model.layers[1].mlp.down_proj.delta.beside = lambda base, x, dropped: base.module(x)
 
     monkeypatch.setattr(loop.Training, "__post_init__", disconnected)
     monkeypatch.setattr(loop, "loss_sum", cut_off)
