@@ -26,11 +26,12 @@ def product(
         B: [out, r], of any float type.
         scale: s.
     """
-    device, dropped = x.device.type, None if dropped is x else dropped
+    device = x.device.type
+    other = None if dropped is x else dropped
     if not torch.is_autocast_enabled(device):
-        return _apply(x, dropped, W, bias, A.to(x.dtype), B.to(x.dtype), scale)
+        return _apply(x, other, W, bias, A.to(x.dtype), B.to(x.dtype), scale)
     dtype = torch.get_autocast_dtype(device)
-    cast = [None if tensor is None else tensor.to(dtype) for tensor in (x, dropped, W, bias, A, B)]
+    cast = [None if tensor is None else tensor.to(dtype) for tensor in (x, other, W, bias, A, B)]
     with torch.autocast(device, enabled=False):
         return _apply(*cast, scale)
 

@@ -89,7 +89,8 @@ class Training:
         )
         for lifecycle in self.lifecycles:
             lifecycle.setup(self)
-        self.loss = Loss.of(self.model)
+        with self.computing():
+            self.loss = Loss.of(self.model)
         self.connected = torch.zeros(len(self.adapter.trainable()), dtype=torch.bool)
         self.order, self.order_epoch = np.empty(0, dtype=np.int64), -1
         self.skipped = 0

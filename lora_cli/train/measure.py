@@ -40,9 +40,11 @@ def measure(
         UserError: what was measured is not finite.
     """
     measured = _Inputs(model, bases) if kind == "inputs" else _Gradients(bases)
-    device, loss = next(model.parameters()).device, Loss.of(model)
+    device = next(model.parameters()).device
     tokens = int((examples.trained_counts if kind == "gradients" else examples.lengths)[list(rows)].sum())
     batches = micro_batches(examples, rows, max_tokens=None, max_rows=1, packing=False, pad_id=pad_id)
+    with computing(model, precision):
+        loss = Loss.of(model)
     with measured, computing(model, precision):
         for batch in batches:
             measured.step(lambda batch=batch: loss(batch, device))
