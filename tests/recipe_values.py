@@ -43,7 +43,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "data.max_length": COUNT,
     "data.overflow": st.sampled_from(["error", "drop", "truncate"]),
     "data.train_on": st.sampled_from(["completion", "assistant", "all"]),
-    "data.packing": FLAG,
+    "data.packing": st.one_of(st.just("auto"), FLAG),
     "adapter.method": st.sampled_from(["lora", "rslora"]),
     "adapter.r": COUNT,
     "adapter.alpha": or_null(POSITIVE),

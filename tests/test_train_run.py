@@ -19,6 +19,7 @@ from lora_cli.run.open import open_model, trained_with
 from lora_cli.run.train import Story, train
 from lora_cli.screen import Screen
 from lora_cli.train import checkpoint, loop
+from lora_cli.train.loss import Loss
 from tests import tiny
 
 STATED = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "micro_batch_size": 3, "save_steps": 2}
@@ -228,20 +229,14 @@ def test_checkpoints_rotate_but_the_best_stays(recipe):
 
 
 def test_a_tensor_without_a_gradient_in_twenty_steps_is_an_error(recipe, monkeypatch):
-    real = loop.loss_sum
-
-    def cut_off(model, batch, device):
-        return real(model, batch, device)
-
     asked = recipe(train={"epochs": None, "max_steps": 25})
     real_prepare = loop.Training.__post_init__
 
     def disconnected(run: loop.Training) -> None:
         real_prepare(run)
-        run.model.model.layers[1].mlp.down_proj.delta.add_to = lambda y, x: y
+        run.model.model.layers[1].mlp.down_proj.delta.beside = lambda base, x, dropped: base.module(x)
 
     monkeypatch.setattr(loop.Training, "__post_init__", disconnected)
-    monkeypatch.setattr(loop, "loss_sum", cut_off)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj.*received a gradient") as caught:
         train(asked, Screen())
     assert caught.value.code is ExitCode.LEARNED_NOTHING
@@ -251,11 +246,11 @@ def test_a_tensor_without_a_gradient_in_twenty_steps_is_an_error(recipe, monkeyp
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_number_that_is_not_finite_stops_before_the_update_and_names_the_rows(recipe, monkeypatch, where):
     asked = recipe(train={"save_steps": 1})
-    real = loop.loss_sum
+    real = Loss.__call__
     seen: dict[str, torch.Tensor] = {}
 
-    def broken(model, batch, device):
-        loss = real(model, batch, device)
+    def broken(own, batch, device):
+        loss = real(own, batch, device)
         if current["run"].step == 3:
             seen.update({n: p.detach().clone() for n, p in current["run"].adapter.named_tensors().items()})
             loss = loss * math.nan if where == "loss" else Broken.apply(loss)
@@ -275,7 +270,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update_and_names_the_rows(
     monkeypatch.setattr(
         loop.Training, "__post_init__", lambda run: (real_init(run), current.update(run=run))[0]
     )
-    monkeypatch.setattr(loop, "loss_sum", broken)
+    monkeypatch.setattr(Loss, "__call__", broken)
     with pytest.raises(UserError, match=f"the {where} is not a finite number in step 4") as caught:
         train(asked, Screen())
     assert caught.value.code is ExitCode.NON_FINITE

@@ -28,6 +28,11 @@ class Base(ABC):
     def bias(self) -> Tensor | None:
         """The module's bias [out], if it has one."""
 
+    @property
+    def dense(self) -> Tensor | None:
+        """W0 [out, in] as it lies in memory, of a plain frozen matrix; None where only the module can multiply."""
+        return None
+
     def oriented(self, stored: Tensor) -> Tensor:
         """A tensor laid out like the module's weight (its gradient, say) as [out, in], or the other way round."""
         return stored

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
+from lora_cli.adapter.fused import product
 
 
 @dataclass
@@ -57,6 +58,10 @@ class Delta(nn.Module, ABC):
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + ΔW·x."""
         return self.add_dropped(y, self.dropped(x))
+
+    def beside(self, base: Base, x: Tensor, dropped: Tensor) -> Tensor:
+        """Return W0·x + b0 + ΔW·dropped, where `dropped` is x after dropout, or x itself."""
+        return self.add_dropped(base.module(x), dropped)
 
     def dropped(self, x: Tensor) -> Tensor:
         """What of x reaches ΔW."""
@@ -113,6 +118,20 @@ class LowRank(Delta):
     def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + ΔW·x."""
         return self._add_trained(self._add_fixed(y, x), x)
+
+    def beside(self, base: Base, x: Tensor, dropped: Tensor) -> Tensor:
+        """Return W0·x + b0 + ΔW·dropped; with a plain frozen W0 as one step of the graph."""
+        W = base.dense
+        if W is None:
+            return self._add_trained(self._add_fixed(base.module(x), x), dropped)
+        if self.fixed_A is not None and self.fixed_B is not None:
+            y = product(x, x, W, base.bias, self.fixed_A, self.fixed_B, 1.0)
+            return self._add_trained(y, dropped)
+        bias = base.bias
+        if self.bias is not None:
+            own = self.scale * self.bias.to(W.dtype)
+            bias = own if bias is None else bias + own
+        return product(x, dropped, W, bias, self.down(), self.up(), self.scale)
 
     def _add_fixed(self, y: Tensor, x: Tensor) -> Tensor:
         if self.fixed_A is None or self.fixed_B is None:

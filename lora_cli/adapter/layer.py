@@ -21,7 +21,7 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """W0·x + ΔW·x."""
-        return self.delta.add_to(self.base_layer(x), x)
+        return self.delta.beside(self.base, x, self.delta.dropped(x))
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """What ΔW, and how it is combined with W0, are made of, trained or frozen."""

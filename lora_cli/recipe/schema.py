@@ -282,9 +282,10 @@ class DataRecipe(Section):
         description="Tokens that are learned; completion: the answer (in a chat, every assistant turn); "
         "assistant: the same, for chat rows only; all: every token.",
     )
-    packing: bool = Field(
-        default=False,
-        description="Join examples into long rows instead of padding them; they do not see each other.",
+    packing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Join examples into long rows instead of padding them; they do not see each other. "
+        "auto: where the model keeps them apart, and attention skips what lies between them.",
     )
 
     def contradictions(self) -> Iterator[str]:

@@ -229,9 +229,10 @@ def _dots(axes: Axes, column: Column, made: dict[str, Any]) -> None:
         axes.plot([known["mean"]], [number], _round(number, MARKERS), markersize=7.5, **style)
         text = column.shown(known["mean"])
         place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # above grid and zero line
         axes.annotate(text, (known["mean"], number), (0, 5), fontsize=8, color=INK, **place)
     if column.key == "forgetting":
-        axes.axvline(0, color=PALE, linewidth=1)
+        axes.axvline(0, color=PALE, linewidth=1, zorder=0)
     axes.margins(x=0.2)
     axes.xaxis.set_major_locator(MaxNLocator(3))
     if column.shown is share:

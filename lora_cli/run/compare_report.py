@@ -44,7 +44,7 @@ COLUMNS = (
     Column("exact_match", "exact match", share, max),
     Column("bleu", "BLEU", "{:.1f}".format, max),
     Column("chrf", "chrF", "{:.1f}".format, max),
-    Column("forgetting", "forgetting", "{:+.4f}".format, min),
+    Column("forgetting", "forgetting", "{:+.3f}".format, min),
     Column("trained_parameters", "trained", size),
     Column("adapter_bytes", "adapter", _bytes),
     Column("peak_memory_bytes", "peak memory", _bytes),

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lora_cli import attention, parts, presets
 from lora_cli import model as models
-from lora_cli import parts, presets
 from lora_cli.adapter import peft_format, rules
 from lora_cli.adapter import plan as plans
 from lora_cli.adapter.inject import inject
@@ -88,8 +88,7 @@ def training(
     """Inject the adapter, make the optimizer, and put the model in training mode."""
     plan = plan_for(recipe, language)
     check_fit(language.model, datasets)
-    if recipe.data.packing:
-        check_isolation(language.model)
+    packing = _packs(recipe, language.model)
     precision = precision_of(recipe, language.model, accelerator.device)
     plan, statistics = _measured(plan, language, datasets, recipe.train.seed, precision)
     adapter = inject(language.model, plan, recipe.train.seed, statistics)
@@ -104,9 +103,28 @@ def training(
         train=recipe.train,
         accelerator=accelerator,
         precision=precision,
-        packing=recipe.data.packing,
+        packing=packing,
         pad_id=language.pad_id,
     )
+
+
+def _packs(recipe: Recipe, model: PreTrainedModel) -> bool:
+    """Whether to pack.
+
+    Raises:
+        UserError: the recipe wants it, and the model does not keep documents apart.
+    """
+    wanted = recipe.data.packing
+    if not wanted or (wanted == "auto" and not attention.skips(model)):
+        return False
+    try:
+        attention.use(model)
+        check_isolation(model)
+    except UserError:
+        if wanted == "auto":
+            return False
+        raise
+    return True
 
 
 def _measured(

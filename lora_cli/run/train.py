@@ -92,9 +92,10 @@ class Story:
             f"{self.recipe.model.name}: {size(total)} parameters, {size(trained)} trained "
             f"({trained / total:.2%}) in {len(run.adapter.plan.layers)} layers"
         )
+        rows = "packed" if run.packing else "padded"
         self.screen.note(
             f"{counts.examples:,} examples, {counts.trained_tokens:,} of {counts.tokens:,} tokens trained; "
-            f"{run.total_steps:,} steps of {run.train.batch_size} on {run.accelerator.device}"
+            f"{run.total_steps:,} steps of {run.train.batch_size} on {run.accelerator.device}, {rows}"
         )
 
     def steps(self) -> None:

@@ -31,7 +31,7 @@ from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
-from lora_cli.train.loss import loss_sum
+from lora_cli.train.loss import Loss
 from lora_cli.train.measure import measure
 
 WATCHED_STEPS = 20
@@ -89,6 +89,8 @@ class Training:
         )
         for lifecycle in self.lifecycles:
             lifecycle.setup(self)
+        with self.computing():
+            self.loss = Loss.of(self.model)
         self.connected = torch.zeros(len(self.adapter.trainable()), dtype=torch.bool)
         self.order, self.order_epoch = np.empty(0, dtype=np.int64), -1
         self.skipped = 0
@@ -201,7 +203,7 @@ def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> T
     """Add the gradient of one micro-batch; returns its loss as a share of the step's, still on the device."""
     torch.manual_seed(_seed(run.train.seed, run.step, run.accelerator.process_index, index))
     with run.computing():
-        loss = loss_sum(run.model, batch, run.accelerator.device) / trained_tokens
+        loss = run.loss(batch, run.accelerator.device) / trained_tokens
     run.scaler.scale(loss).backward()
     return loss.detach()
 

@@ -1,7 +1,12 @@
-"""Cross entropy summed over the trained tokens; logits are computed at their positions only."""
+"""Cross entropy summed over the trained tokens; logits are computed at their positions only.
+
+`loss_sum` asks the model for them. `Loss` computes them itself, a few at a time, wherever the model does nothing to its
+logits but multiply them, so that they never fill the memory; the other is its oracle.
+"""
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +14,66 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lora_cli.data.example import IGNORE, Batch
+from lora_cli.train.head import cross_entropy
+
+
+@dataclass(frozen=True)
+class Loss:
+    """−Σ log p(token) over a batch's trained tokens, as `loss_sum`, with its gradient computed on the way forward."""
+
+    model: PreTrainedModel
+    scale: float | None
+    """What the model multiplies its logits with; None where it does something else, or its head trains."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Loss":
+        """Try out what the model does to its logits."""
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+            return cls(model, None)
+        return cls(model, _logit_scale(model, head))
+
+    def __call__(self, batch: Batch, device: torch.device) -> Tensor:
+        """Float32, on the device."""
+        if self.scale is None:
+            return loss_sum(self.model, batch, device)
+        positions, targets = _trained(batch, device)
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        with _head_reads_nothing(head) as read:
+            _forward(self.model, batch, device)
+        hidden = read[0].flatten(0, -2).index_select(0, positions)
+        return cross_entropy(hidden, head.weight, head.bias, targets, self.scale)
+
+
+@contextmanager
+def _head_reads_nothing(head: nn.Module) -> Generator[list[Tensor]]:
+    """Inside the block the head computes no logits; what it was given is in the list."""
+    read: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        read.append(inputs[0])
+        return (inputs[0][..., :0, :],)
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield read
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _logit_scale(model: PreTrainedModel, head: nn.Linear) -> float | None:
+    """What comes out of the model when other logits come out of its head: a multiple of them, or something else."""
+    logits = torch.linspace(-60, 60, head.out_features, device=head.weight.device)[None, None]
+    handle = head.register_forward_hook(lambda *_: logits)
+    try:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=logits.device)
+        found = model(input_ids=token, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+    scale = (found[0, 0, -1] / 60).item()
+    return scale if torch.allclose(found, scale * logits, rtol=1e-6, atol=0) else None
 
 
 def loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
@@ -23,20 +88,31 @@ def loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tens
 
 def trained_logits(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits [n, vocabulary] where the next token is trained, and those tokens [n], rows of the batch in order."""
+    positions, targets = _trained(batch, device)
+    with head_sees(model, positions):
+        return _forward(model, batch, device), targets
+
+
+def _trained(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the next token is trained, in the flattened batch, and those tokens.
+
+    Found on the CPU: on a GPU, asking how many there are would wait for it.
+    """
     following = batch.labels[:, 1:]
-    positions = _before_trained(
-        batch
-    )  # found on the CPU: on a GPU, asking how many there are would wait for it
-    targets = following[following != IGNORE].to(device, non_blocking=True)
+    targets = following[following != IGNORE]
+    return _before_trained(batch).to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def _forward(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+    """The logits that the model makes of what its head is given to read."""
     moved = batch.to(device)
-    with head_sees(model, positions.to(device, non_blocking=True)):
-        output = model(
-            input_ids=moved.input_ids,
-            attention_mask=moved.attention_mask,
-            position_ids=moved.position_ids,
-            use_cache=False,
-        )
-    return output.logits, targets
+    output = model(
+        input_ids=moved.input_ids,
+        attention_mask=moved.attention_mask,
+        position_ids=moved.position_ids,
+        use_cache=False,
+    )
+    return output.logits
 
 
 def _before_trained(batch: Batch) -> Tensor:

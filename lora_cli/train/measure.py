@@ -12,7 +12,7 @@ from lora_cli.data.cache import Examples
 from lora_cli.data.pack import micro_batches
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import computing
-from lora_cli.train.loss import loss_sum
+from lora_cli.train.loss import Loss
 
 
 def measure(
@@ -43,9 +43,11 @@ def measure(
     device = next(model.parameters()).device
     tokens = int((examples.trained_counts if kind == "gradients" else examples.lengths)[list(rows)].sum())
     batches = micro_batches(examples, rows, max_tokens=None, max_rows=1, packing=False, pad_id=pad_id)
+    with computing(model, precision):
+        loss = Loss.of(model)
     with measured, computing(model, precision):
         for batch in batches:
-            measured.step(lambda batch=batch: loss_sum(model, batch, device))
+            measured.step(lambda batch=batch: loss(batch, device))
     for name, total in measured.totals.items():
         if not torch.isfinite(total).all():
             what = f"the {kind} of this layer are not finite on the rows that its start is measured on"

@@ -28,6 +28,12 @@ class View(Base):
         """Transposed."""
         return stored.t()
 
+    @property
+    def dense(self) -> Tensor | None:
+        """The weight, transposed; a subclass may keep it in another way."""
+        weight = self.module.weight
+        return None if type(self.module) is not Conv1D or weight.requires_grad else weight.t()
+
     def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A new Conv1D."""
         conv = Conv1D(self.out_features, self.in_features)

@@ -23,6 +23,12 @@ class View(Base):
         """The module's own."""
         return self.module.bias
 
+    @property
+    def dense(self) -> Tensor | None:
+        """The weight; a subclass may keep it in another way."""
+        weight = self.module.weight
+        return None if type(self.module) is not nn.Linear or weight.requires_grad else weight
+
     def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A new nn.Linear."""
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")

@@ -36,11 +36,9 @@ class DoRA(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         """The bias is not scaled; both terms see the same x, dropped or not."""
         x = self.delta.dropped(x)
-        bias = self.base.bias
-        y = self.base_layer(x)
-        y = self.delta.add_dropped(y if bias is None else y - bias, x)
-        y = y * (self.magnitude / self.norm()).to(y.dtype)
-        return y if bias is None else y + bias
+        y = self.delta.beside(self.base, x, x)
+        lengths, bias = (self.magnitude / self.norm()).to(y.dtype), self.base.bias
+        return y * lengths if bias is None else torch.addcmul(bias, y - bias, lengths)
 
     @torch.no_grad()
     def norm(self) -> Tensor:

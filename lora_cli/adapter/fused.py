@@ -1,0 +1,82 @@
+"""W0·x + s·B·(A·x) as one step of the graph, for a W0 that is a plain frozen matrix. `LowRank._add` is its oracle.
+
+What autograd makes of the same two lines copies y, computes two input gradients and adds them, and keeps more. Here
+the thin products are added in place, in both directions, and nothing of W0's shape is made.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def product(
+    x: Tensor, dropped: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """W·x + bias + scale·B·(A·dropped), [..., out], in what the model computes in.
+
+    Args:
+        x: [..., in].
+        dropped: x after dropout, or x itself.
+        W: [out, in], frozen.
+        bias: [out].
+        A: [r, in], of any float type.
+        B: [out, r], of any float type.
+        scale: s.
+    """
+    device = x.device.type
+    other = None if dropped is x else dropped
+    if not torch.is_autocast_enabled(device):
+        return _apply(x, other, W, bias, A.to(x.dtype), B.to(x.dtype), scale)
+    dtype = torch.get_autocast_dtype(device)
+    cast = [None if tensor is None else tensor.to(dtype) for tensor in (x, other, W, bias, A, B)]
+    with torch.autocast(device, enabled=False):
+        return _apply(*cast, scale)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        read = rows if dropped is None else dropped.reshape(rows.shape)
+        z = read @ A.t()
+        y = F.linear(rows, W, bias).addmm_(z, B.t(), alpha=scale)
+        ctx.scale, ctx.shape = scale, x.shape
+        # A frozen A (LoRA-FA) needs no x: the largest thing that is kept.
+        ctx.save_for_backward(read if ctx.needs_input_grad[4] else None, W, A, B, z)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        read, W, A, B, z = ctx.saved_tensors
+        of_x, of_dropped, _, of_bias, of_A, of_B, _ = ctx.needs_input_grad
+        dY = dY.reshape(-1, dY.shape[-1])
+        dz = (dY @ B).mul_(ctx.scale)
+        dx = dY @ W if of_x else None
+        ddropped = dz @ A if of_dropped else None
+        if dx is not None and not of_dropped:
+            dx.addmm_(dz, A)
+        return (
+            None if dx is None else dx.view(ctx.shape),
+            None if ddropped is None else ddropped.view(ctx.shape),
+            None,
+            dY.sum(0) if of_bias else None,
+            dz.t() @ read if of_A else None,
+            (dY.t() @ z).mul_(ctx.scale) if of_B else None,
+            None,
+        )
+
+
+_apply: Any = _Product.apply
