@@ -87,21 +87,66 @@ class Delta(nn.Module, ABC):
         return None
 
 
-class LowRank(Delta):
-    """ΔW·x = s·(B·(A·x) + b), never (B·A)·x: no tensor of W0's shape is made or saved for backward."""
+class Factored(Delta):
+    """ΔW·x = s·(up·(down·x)), never (up·down)·x: no tensor of W0's shape is made or saved for backward."""
+
+    def __init__(self, place: Place) -> None:
+        """Nothing but what it takes to multiply; a subclass has the tensors."""
+        super().__init__(place.dropout)
+        self.scale = place.scale
+        self.project = place.base.project
+        self.reads_ids = place.base.reads_ids
+
+    @abstractmethod
+    def up(self) -> Tensor:
+        """What down·x is multiplied with, [out, r]."""
+
+    @abstractmethod
+    def down(self) -> Tensor:
+        """What x is multiplied with, [r, in]."""
+
+    def beside(self, base: Base, x: Tensor, dropped: Tensor) -> Tensor:
+        """Return W0·x + b0 + ΔW·dropped; with a plain frozen W0 as one step of the graph."""
+        W = base.dense
+        if W is None:
+            return super().beside(base, x, dropped)
+        return product(x, dropped, W, base.bias, self.down(), self.up(), self.scale)
+
+    def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y + ΔW·x."""
+        return self._add(y, x, self.up(), self.down(), self.scale)
+
+    def _add(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
+        """One addmm: no temporary as wide as y, and the scale costs nothing.
+
+        The small matrices are cast to the large ones' type, never the other way round.
+        """
+        z = self.project(x, A.to(y.dtype if self.reads_ids else x.dtype))
+        rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
+        return torch.addmm(rows, z.to(y.dtype), B.to(y.dtype).t(), alpha=scale).view_as(y)
+
+    def weight(self) -> Tensor:
+        """The product of the factors."""
+        B, A = self.factors()
+        return B @ A
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(s·up, down)."""
+        return self.scale * self.up().detach().float(), self.down().detach().float()
+
+
+class LowRank(Factored):
+    """ΔW·x = s·(B·(A·x) + b), and what is fixed: a part of W0 that is taken off, or was learned before."""
 
     def __init__(self, place: Place) -> None:
         """Zero factors of rank r, in float32 whatever the base is stored in: small steps would vanish in bf16."""
-        super().__init__(place.dropout)
+        super().__init__(place)
         base = place.base
         self.A = nn.Parameter(torch.zeros(place.r, base.in_features))
         self.B = nn.Parameter(torch.zeros(base.out_features, place.r))
         self.bias = nn.Parameter(torch.zeros(base.out_features)) if place.bias else None
         self.fixed_A: nn.Parameter | None = None
         self.fixed_B: nn.Parameter | None = None
-        self.scale = place.scale
-        self.project = base.project
-        self.reads_ids = base.reads_ids
 
     def up(self) -> Tensor:
         """What A·x is multiplied with, [out, r]."""
@@ -143,15 +188,6 @@ class LowRank(Delta):
             y = y + self.scale * self.bias.to(y.dtype)
         return self._add(y, x, self.up(), self.down(), self.scale)
 
-    def _add(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
-        """One addmm: no temporary as wide as y, and the scale costs nothing.
-
-        The small matrices are cast to the large ones' type, never the other way round.
-        """
-        z = self.project(x, A.to(y.dtype if self.reads_ids else x.dtype))
-        rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
-        return torch.addmm(rows, z.to(y.dtype), B.to(y.dtype).t(), alpha=scale).view_as(y)
-
     def fix(self, B: Tensor, A: Tensor) -> None:
         """Add B·A [out, in] to what is fixed: it is a part of ΔW from now on, and never trains."""
         if self.fixed_A is not None and self.fixed_B is not None:
@@ -170,18 +206,13 @@ class LowRank(Delta):
         """
         self.fix(-self.scale * self.up(), self.down())
 
-    def weight(self) -> Tensor:
-        """s·B·A, and what is fixed."""
-        B, A = self.factors()
-        return B @ A
-
     def shift(self) -> Tensor | None:
         """s·b."""
         return None if self.bias is None else self.scale * self.bias.detach().float()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(s·B, A), with what is fixed below and beside them."""
-        B, A = self.scale * self.up().detach().float(), self.down().detach().float()
+        B, A = super().factors()
         if self.fixed_A is None or self.fixed_B is None:
             return B, A
         return torch.cat([B, self.fixed_B.float()], 1), torch.cat([A, self.fixed_A.float()], 0)

@@ -7,9 +7,8 @@ the layer.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora_cli.adapter.delta import Delta, Place
+from lora_cli.adapter.delta import Factored, Place
 
 needs = {"init.own": "it starts at zero"}
 forbids = {
@@ -18,42 +17,33 @@ forbids = {
 }
 
 
-class Additive(Delta):
+class Additive(Factored):
     """ΔW = s·(B·P + Qᵀ·A), where P = [I … I] repeats the identity along the inputs, and Q along the outputs."""
 
     def __init__(self, place: Place) -> None:
         """Zero."""
-        super().__init__(place.dropout)
+        super().__init__(place)
         self.A = nn.Parameter(torch.zeros(place.r, place.base.in_features))
         self.B = nn.Parameter(torch.zeros(place.base.out_features, place.r))
-        self.scale = place.scale
 
     def start(self) -> None:
         """Zero."""
         nn.init.zeros_(self.A)
         nn.init.zeros_(self.B)
 
-    def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
-        """Sum x over its blocks of r for B; repeat A·x over the blocks of y."""
-        r = self.A.shape[0]
-        summed = x.unflatten(-1, (-1, r)).sum(-2)
-        tiled = y.unflatten(-1, (-1, r)) + self.scale * F.linear(x, self.A.to(x.dtype))[..., None, :].to(
-            y.dtype
-        )
-        return tiled.flatten(-2) + self.scale * F.linear(summed, self.B.to(x.dtype)).to(y.dtype)
+    def up(self) -> Tensor:
+        """[B, Qᵀ]."""
+        return torch.cat([self.B, identities(self.B.t()).t()], 1)
 
-    def weight(self) -> Tensor:
-        """The product of the factors, written out as a sum."""
-        A, B = self.A.detach().float(), self.B.detach().float()
-        r = A.shape[0]
-        return self.scale * (B.repeat(1, A.shape[1] // r) + A.repeat(B.shape[0] // r, 1))
+    def down(self) -> Tensor:
+        """[P; A]."""
+        return torch.cat([identities(self.A), self.A], 0)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(s·[B, Qᵀ], [P; A]): LoRA of rank 2r."""
-        A, B = self.A.detach().float(), self.B.detach().float()
-        identity = torch.eye(A.shape[0], device=A.device)
-        P, Q = identity.repeat(1, A.shape[1] // A.shape[0]), identity.repeat(B.shape[0] // A.shape[0], 1)
-        return self.scale * torch.cat([B, Q], 1), torch.cat([P, A], 0)
+
+def identities(like: Tensor) -> Tensor:
+    """[I … I], as wide as `like` [r, n]."""
+    r, n = like.shape
+    return torch.eye(r, dtype=like.dtype, device=like.device).repeat(1, n // r)
 
 
 make = Additive
