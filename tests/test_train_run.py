@@ -401,3 +401,74 @@ def test_what_trains_in_full_beside_a_16_bit_base_trains_and_is_measured(recipe,
     report = evaluate(folder, None, [], Screen())
     assert report["adapter"]["loss"] == pytest.approx(logged[-1], rel=1e-3)
     assert report["adapter"]["loss"] < report["base"]["loss"]
+
+
+@pytest.mark.parametrize("rows", ["auto", 8])
+def test_out_of_memory_splits_the_micro_batch_and_repeats_the_same_step(recipe, monkeypatch, rows):
+    common = {"batch_size": 8, "micro_batch_size": rows}
+    roomy = recipe("roomy", adapter={"dropout": 0.0}, train={**common, "save_steps": 2})
+    expected = load_file(train(roomy, Screen()) / "adapter_model.safetensors")
+    real, most = Loss.__call__, 3
+    refused: list[int] = []
+
+    def tight(own, batch, device):
+        if len(batch.rows) > most:
+            refused.append(len(batch.rows))
+            raise torch.OutOfMemoryError
+        return real(own, batch, device)
+
+    monkeypatch.setattr(Loss, "__call__", tight)
+    asked = recipe("tight", adapter={"dropout": 0.0}, train={**common, "save_steps": 2})
+    found = load_file(train(asked, Screen()) / "adapter_model.safetensors")
+    assert refused
+    lines = [line for line in log_of(asked) if "out_of_memory" in line]
+    assert [line["out_of_memory"] for line in lines] == [True] + [False] * (len(lines) - 1)
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+
+def test_a_run_that_was_short_of_memory_resumes_to_the_same_bytes(recipe, monkeypatch):
+    real = Loss.__call__
+
+    def tight(own, batch, device):
+        if len(batch.rows) > 2:
+            raise torch.OutOfMemoryError
+        return real(own, batch, device)
+
+    monkeypatch.setattr(Loss, "__call__", tight)
+    train_settings = {"batch_size": 8, "micro_batch_size": "auto", "save_steps": 2}
+    whole = digest(train(recipe("whole", train=train_settings), Screen()))
+    monkeypatch.setattr(Loss, "__call__", stopping_at(tight, 30))
+    asked = recipe("stopped", train=train_settings)
+    with pytest.raises(Stopped):
+        train(asked, Screen())
+    monkeypatch.setattr(Loss, "__call__", real)
+    assert digest(train(asked, Screen(), resume=True)) == whole
+
+
+class Stopped(BaseException):
+    """In the middle of a step."""
+
+
+def stopping_at(real, call):
+    """The loss, until it has been asked for so many times."""
+    calls = []
+
+    def loss(own, batch, device):
+        calls.append(batch)
+        if len(calls) > call:
+            raise Stopped
+        return real(own, batch, device)
+
+    return loss
+
+
+def test_one_row_that_does_not_fit_is_an_error_that_names_it(recipe, monkeypatch):
+    def never(own, batch, device):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Loss, "__call__", never)
+    with pytest.raises(UserError, match=r"one row of \d+ tokens needs more memory") as caught:
+        train(recipe(), Screen())
+    assert caught.value.code is ExitCode.OUT_OF_MEMORY
+    assert "rows.jsonl:" in str(caught.value)

@@ -105,6 +105,10 @@ class Story:
         with self.screen.steps(run.total_steps, run.step, train.log_steps) as shown, stop_signals() as stop:
             for report in train_steps(run):
                 shown.show(report)
+                if report.out_of_memory:
+                    self.screen.warn(
+                        f"out of memory in step {report.step}: repeated, with {run.at_once} at once"
+                    )
                 self.folder.append(dataclasses.asdict(report))
                 trackers.log(report, train.log_steps)
                 improved = self.is_due(train.eval_steps, report) and self.evaluate(report, trackers)

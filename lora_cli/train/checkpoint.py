@@ -31,6 +31,8 @@ def save(folder: Path, run: Training, progress: dict[str, Any]) -> Path:
         "step": run.step,
         "scaler": run.scaler.state_dict(),
         "skipped": run.skipped,
+        "max_tokens": run.max_tokens,
+        "max_rows": run.max_rows,
         "connected": run.connected.tolist(),
         "progress": progress,
     }
@@ -65,6 +67,7 @@ def restore(folder: Path, run: Training) -> dict[str, Any]:
     _restore_absorbed(run, load_file(folder / "lifecycle.safetensors"))
     state = json.loads((folder / "state.json").read_text())
     run.step, run.skipped = state["step"], state["skipped"]
+    run.max_tokens, run.max_rows = state["max_tokens"], state["max_rows"]
     run.connected = torch.tensor(state["connected"])
     run.scaler.load_state_dict(state["scaler"])
     return state["progress"]

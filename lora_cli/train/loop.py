@@ -55,6 +55,8 @@ class StepReport:
     tokens_per_second: float
     memory_bytes: int
     """Peak so far: of the GPU if there is one, else of the process."""
+    out_of_memory: bool
+    """Its rows did not fit; it was repeated, and from now on fewer are computed at once."""
 
 
 @dataclass
@@ -72,9 +74,17 @@ class Training:
     pad_id: int
     step: int = 0
     """Optimizer steps done."""
+    max_tokens: int | None = None
+    """Of a micro-batch; under `micro_batch_size: auto`."""
+    max_rows: int | None = None
+    """Of a micro-batch; where the recipe sets it."""
 
     def __post_init__(self) -> None:
         """A tensor that trains but has no optimizer would silently stay as it is."""
+        if self.train.micro_batch_size == "auto":
+            self.max_tokens = token_budget(self.accelerator.device)
+        else:
+            self.max_rows = self.train.micro_batch_size
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         lost = [name for name, p in self.adapter.trainable().items() if id(p) not in held]
         assert not lost, f"not in the optimizer: {lost}"
@@ -120,6 +130,18 @@ class Training:
         first = within * self.train.batch_size
         return [int(row) for row in self.order[first : first + self.train.batch_size]]
 
+    @property
+    def at_once(self) -> str:
+        """The largest micro-batch, in words."""
+        return f"{self.max_rows} rows" if self.max_tokens is None else f"{self.max_tokens:,} tokens"
+
+    def shrink(self, batch: Batch) -> None:
+        """From now on at most half of this micro-batch at once."""
+        if self.max_tokens is not None:
+            self.max_tokens = min(self.max_tokens, _cells(batch)) // 2
+        else:
+            self.max_rows = len(batch.rows) // 2
+
     def measure(self, kind: str) -> dict[str, Tensor]:
         """What an init asks for, on the rows of the next step."""
         return measure(
@@ -153,8 +175,8 @@ def _step(run: Training, rows: list[int]) -> StepReport:
     rate *= math.prod(lifecycle.rate(run.step) for lifecycle in run.lifecycles)
     optim.set_learning_rate(run.optimizer, rate)
     trained_tokens = int(run.examples.trained_counts[rows].sum())
-    batches = _mine(run, rows)
-    losses = [_backward(run, batch, index, trained_tokens) for index, batch in enumerate(batches)]
+    at_once = run.at_once
+    batches, losses = _accumulate(run, rows, trained_tokens)
     _penalise(run)
     loss, grad_norm = _synchronise(run, losses, rate)
     _check_finite(run, loss, grad_norm, losses, batches)
@@ -176,6 +198,42 @@ def _step(run: Training, rows: list[int]) -> StepReport:
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         memory_bytes=peak_memory(run.accelerator.device),
+        out_of_memory=run.at_once != at_once,
+    )
+
+
+def _accumulate(run: Training, rows: list[int], trained_tokens: int) -> tuple[list[Batch], list[Tensor]]:
+    """The gradient of all rows, in smaller micro-batches from now on when the memory is not enough for them.
+
+    The step is the same: it is a sum over its rows, however they are split.
+    """
+    while True:
+        batches = _mine(run, rows)
+        try:
+            return batches, [_backward(run, batch, i, trained_tokens) for i, batch in enumerate(batches)]
+        except torch.OutOfMemoryError as error:
+            several = [batch for batch in batches if len(batch.rows) > 1]
+            if not several:
+                raise _too_long(run, max(batches, key=_cells)) from error
+            run.shrink(max(several, key=_cells))
+        # Outside the except clause, which keeps what did not fit alive.
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _cells(batch: Batch) -> int:
+    return batch.input_ids.numel()
+
+
+def _too_long(run: Training, batch: Batch) -> UserError:
+    tokens, where = _cells(batch), run.examples[batch.rows[0]].where
+    more = "" if run.train.gradient_checkpointing else "train.gradient_checkpointing: true, "
+    return UserError(
+        f"one row of {tokens:,} tokens needs more memory than there is",
+        where=where,
+        fix=f"{more}a smaller data.max_length, or a smaller model",
+        code=ExitCode.OUT_OF_MEMORY,
     )
 
 
@@ -183,12 +241,11 @@ def _mine(run: Training, rows: list[int]) -> list[Batch]:
     """The micro-batches of this process: every so many-th row, by length, so that all have about the same to do."""
     size, rank = run.accelerator.num_processes, run.accelerator.process_index
     by_length = sorted(rows, key=lambda row: -int(run.examples.lengths[row]))
-    automatic = run.train.micro_batch_size == "auto"
     return micro_batches(
         run.examples,
         by_length[rank::size],
-        max_tokens=token_budget(run.accelerator.device) if automatic else None,
-        max_rows=None if run.train.micro_batch_size == "auto" else run.train.micro_batch_size,
+        max_tokens=run.max_tokens,
+        max_rows=run.max_rows,
         packing=run.packing,
         pad_id=run.pad_id,
     )
