@@ -63,6 +63,16 @@ def seconds_of(shape: Shape, tokens: int) -> float:
     return sorted(timed)[len(timed) // 2]
 
 
+def probe(size: int = 1024) -> float:
+    """FLOP/s of square products over about a second: whether the machine is as fast as it was."""
+    x = torch.randn(size, size)
+    done, began = 0, time.perf_counter()
+    while (taken := time.perf_counter() - began) < 1:
+        torch.mm(x, x)
+        done += 1
+    return 2 * size**3 * done / taken
+
+
 def main(model: str, tokens: int, labelled: float) -> None:
     """Each shape weighs as much as a step of the model uses it."""
     sizes, shapes, head = shapes_of(model)

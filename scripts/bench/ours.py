@@ -1,4 +1,4 @@
-"""This tool on a job: what `lora train` calls, with its defaults, on the rows of the workload file."""
+"""Our side of the benchmark: what `lora train` calls, with its defaults, on the rows of the workload file."""
 
 from pathlib import Path
 from typing import Any, cast

@@ -5,13 +5,18 @@ from statistics import median
 from typing import Any
 
 OURS = "ours"
+DRIFT = 0.05
+"""Two runs are no pair when the machine's own speed before them differs by more."""
 
 
 def order(against: Sequence[str], rounds: int) -> list[list[str]]:
-    """The systems of each round, ours between one or two others; every second round is reversed.
+    """The systems of each round, ours beside one or between two others; every second round is reversed.
 
     With one other system that is ABBA: what drifts slowly, such as the clock of a warm processor, cancels out.
+    No round without others.
     """
+    if not against:
+        return []
     forth = [*against[:1], OURS, *against[1:]]
     return [forth if number % 2 == 0 else forth[::-1] for number in range(rounds)]
 
@@ -29,6 +34,11 @@ def cpu_speed(result: dict[str, Any], timed: int) -> float:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median and extremes."""
     return {"median": median(values), "min": min(values), "max": max(values), "count": len(values)}
+
+
+def is_steady(pair: tuple[dict[str, Any], dict[str, Any]]) -> bool:
+    """Whether the machine was as fast before the one as before the other."""
+    return relative(pair[0]["probe"], pair[1]["probe"]) <= DRIFT
 
 
 def compared(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], timed: int) -> dict[str, Any]:
