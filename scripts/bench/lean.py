@@ -3,19 +3,19 @@
 One padded batch a step, SDPA attention, fused AdamW.
 """
 
+from typing import Any
+
 import torch
 from peft import PeftModel
-from system import MAX_NORM, RATE, Stamps, in_steps, labels, read_job
+from system import IGNORE, MAX_NORM, RATE, Stamps, in_steps, labels, read_job
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-IGNORE = -100
 
-
-def loss_of(model: PreTrainedModel, step: list[dict[str, list[int]]], device: torch.device) -> Tensor:
+def loss_of(model: Any, step: list[dict[str, list[int]]], device: torch.device) -> Tensor:
     """Mean loss over the labelled tokens of a step."""
     ids = [torch.tensor(row["input_ids"]) for row in step]
     input_ids = pad_sequence(ids, batch_first=True).to(device)
@@ -31,7 +31,7 @@ def main() -> None:
     job, stamps = read_job(), Stamps()
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plain = AutoModelForCausalLM.from_pretrained(job.model, attn_implementation="sdpa").to(device)
+    plain: Any = AutoModelForCausalLM.from_pretrained(job.model, attn_implementation="sdpa").to(device)
     peft = PeftModel.from_pretrained(plain, job.adapter, is_trainable=True).train()
     model = peft.get_base_model()
     trained = [p for p in peft.parameters() if p.requires_grad]

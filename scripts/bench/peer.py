@@ -8,7 +8,8 @@ from datasets import Dataset
 from peft import PeftModel
 from system import MAX_NORM, RATE, SEED, Job, Stamps, labels
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 
 class Stamped(SFTTrainer):

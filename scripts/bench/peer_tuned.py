@@ -1,19 +1,12 @@
-"""TRL tuned by its own options as an expert would on this device, the fastest of what works; see workloads.py."""
+"""TRL tuned by its own options as an expert would on a CPU: float32, nothing recomputed, nothing logged.
+
+How the rows of a step are batched is the workload's own setting, the fastest of what was tried; see workloads.py.
+"""
 
 from typing import Any
 
 from peer import run
-from system import Job, read_job
-
-
-def grouped(job: Job, rows: list[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
-    """The timed rows in the order of the trainer's own group_by_length: steps of rows of about the same length.
-
-    Other steps than those of the other systems, over the same rows and tokens.
-    """
-    first = job.warmup * job.batch_size
-    return rows[:first] + sorted(rows[first:], key=lambda row: -len(row["input_ids"]))
-
+from system import in_steps, read_job
 
 TUNED: dict[str, Any] = {
     "bf16": False,
@@ -24,6 +17,7 @@ TUNED: dict[str, Any] = {
 
 if __name__ == "__main__":
     job = read_job()
-    settings = {key: value for key, value in job.tuned.items() if key != "group"}
-    rows = job.read_rows()
-    run(job, grouped(job, rows) if job.tuned.get("group") else rows, {**TUNED, **settings})
+    # Longest first within each step, as group_by_length does: micro-batches of rows of about the same length.
+    steps = in_steps(job.read_rows(), job.batch_size)
+    rows = [row for step in steps for row in sorted(step, key=lambda row: -len(row["input_ids"]))]
+    run(job, rows, {**TUNED, **job.tuned})

@@ -55,12 +55,7 @@ def _notes(found: dict[str, Any]) -> list[str]:
         + ", ".join(f"{k} {v}" for k, v in found["versions"]["b"].items())
     ]
     for name, workload in found["workloads"].items():
-        noise = noise_of(workload)
-        if noise:
-            rate = workload["limit"]["flops_per_second"] / 1e9
-            notes.append(
-                f"{name}: against itself {noise['min']:.3f} to {noise['max']:.3f}; limit at {rate:.0f} GFLOP/s"
-            )
+        notes.append(f"{name}: " + "; ".join(_about(workload)))
     if "help_s" in found:
         notes.append(f"`lora --help`: {found['help_s']:.3f} s")
     if "parity" in found:
@@ -68,6 +63,18 @@ def _notes(found: dict[str, Any]) -> list[str]:
         apart = ", ".join(f"{name} step {value:.1e}" for name, value in parity["relative"].items())
         notes.append(f"loss against the lean loop over {parity['steps']} steps, relative: {apart}")
     return [f"- {note}" for note in notes]
+
+
+def _about(workload: dict[str, Any]) -> list[str]:
+    """What is needed to believe the ratios of a workload."""
+    noise, rate = noise_of(workload), workload["limit"]["flops_per_second"] / 1e9
+    known = {peer: pairs_of(workload, peer) for peer in "abc"}
+    cpu = {
+        peer: ratios.compared(pairs, workload["timed"])["cpu_speed"] for peer, pairs in known.items() if pairs
+    }
+    itself = f"against itself {noise['min']:.3f} to {noise['max']:.3f}" if noise else "not run against itself"
+    shown = ", ".join(f"{peer} {value['median']:.2f}" for peer, value in cpu.items())
+    return [itself, f"limit at {rate:.0f} GFLOP/s", f"speed in CPU time vs {shown}"]
 
 
 def pairs_of(workload: dict[str, Any], peer: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -200,7 +200,7 @@ def shortened(workload: Workload) -> Workload:
 
 def arguments() -> argparse.Namespace:
     """What was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="this tool against TRL and PEFT: speed, memory, start")
     known = {workload.name: workload for workload in workloads.CPU}
     parser.add_argument("--workloads", default=",".join(known), help="some of the workloads")
     peers = "; ".join(f"{name}: {title}" for name, (_, _, title) in SYSTEMS.items() if name != OURS)

@@ -35,7 +35,7 @@ class Job:
     """Steps that are not timed."""
     timed: int
     tuned: dict[str, object]
-    """SFTConfig of the tuned peer for this workload, and `group`: whether it sorts the timed rows by length."""
+    """What the tuned peer sets for this workload: keys of SFTConfig."""
 
     @property
     def steps(self) -> int:
