@@ -108,7 +108,7 @@ def picture(found: dict[str, Any]) -> bytes:
     for place, workload in enumerate(shown.values()):
         _draw(axes, place, workload, found["systems"])
     axes.set_yticks(range(len(shown)), [f"{name}\n{each['title']}" for name, each in shown.items()])
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_ylim(max(len(shown), 1) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     axes.set_xlabel("tokens per second, % of the limit that the machine's matrix products set", color=PALE)
     axes.set_title(found["device"], loc="right", fontsize=9, color=PALE)
