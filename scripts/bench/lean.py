@@ -31,7 +31,8 @@ def main() -> None:
     job, stamps = read_job(), Stamps()
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plain: Any = AutoModelForCausalLM.from_pretrained(job.model, attn_implementation="sdpa").to(device)
+    plain: Any = AutoModelForCausalLM.from_pretrained(job.model, attn_implementation="sdpa")
+    plain.to(device)
     peft = PeftModel.from_pretrained(plain, job.adapter, is_trainable=True).train()
     model = peft.get_base_model()
     trained = [p for p in peft.parameters() if p.requires_grad]

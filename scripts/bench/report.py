@@ -74,14 +74,28 @@ def _about(workload: dict[str, Any]) -> list[str]:
     }
     itself = f"against itself {noise['min']:.3f} to {noise['max']:.3f}" if noise else "not run against itself"
     shown = ", ".join(f"{peer} {value['median']:.2f}" for peer, value in cpu.items())
-    return [itself, f"limit at {rate:.0f} GFLOP/s", f"speed in CPU time vs {shown}"]
+    left_out = sum(len(rounds_of(workload, peer)) - len(pairs) for peer, pairs in known.items())
+    return [
+        itself,
+        f"limit at {rate:.0f} GFLOP/s",
+        f"speed in CPU time vs {shown or '-'}",
+        f"{left_out} pairs left out because the machine was not steady",
+    ]
 
 
-def pairs_of(workload: dict[str, Any], peer: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(ours, theirs) of every round in which both ran and the machine was steady."""
+Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
+"""(ours, theirs) of some rounds."""
+
+
+def pairs_of(workload: dict[str, Any], peer: str) -> Pairs:
+    """Every round in which both ran and the machine was steady."""
+    return [pair for pair in rounds_of(workload, peer) if ratios.is_steady(pair)]
+
+
+def rounds_of(workload: dict[str, Any], peer: str) -> Pairs:
+    """Every round in which both ran."""
     rounds = [{run["system"]: run for run in each} for each in workload["rounds"]]
-    both = [(runs[OURS], runs[peer]) for runs in rounds if OURS in runs and peer in runs]
-    return [pair for pair in both if ratios.is_steady(pair)]
+    return [(runs[OURS], runs[peer]) for runs in rounds if OURS in runs and peer in runs]
 
 
 def speeds_of(workload: dict[str, Any]) -> dict[str, list[float]]:

@@ -149,11 +149,18 @@ def _row(ids: list[int], trained: list[bool]) -> Row:
     return {"input_ids": ids, "trained": [int(each) for each in trained]}
 
 
+def rows_at_once(count: int, of: int) -> dict[str, object]:
+    """SFTConfig of a step of `of` rows, `count` at once."""
+    return {"per_device_train_batch_size": count, "gradient_accumulation_steps": of // count}
+
+
 CPU = (
-    Workload("C1", "chat, answers learned", chat, batch_size=8, warmup=2, timed=5),
-    Workload("C2", "512 tokens, all learned", uniform, batch_size=4, warmup=1, timed=2),
-    Workload("C3", "heavy-tailed lengths", heavy_tailed, batch_size=8, warmup=1, timed=3),
-    Workload("C4", "long prompt, a tenth learned", long_prompt, batch_size=4, warmup=1, timed=3),
+    Workload("C1", "chat, answers learned", chat, 8, warmup=1, timed=3, tuned=rows_at_once(2, 8)),
+    Workload("C2", "512 tokens, all learned", uniform, 4, warmup=1, timed=1, tuned=rows_at_once(1, 4)),
+    Workload("C3", "heavy-tailed lengths", heavy_tailed, 8, warmup=1, timed=2, tuned=rows_at_once(1, 8)),
+    Workload(
+        "C4", "long prompt, a tenth learned", long_prompt, 4, warmup=1, timed=1, tuned=rows_at_once(1, 4)
+    ),
 )
 PARITY = Workload("parity", "chat, answers learned", chat, batch_size=8, warmup=0, timed=50)
 """Not timed: its losses are compared."""
