@@ -1,6 +1,6 @@
 """TRL tuned by its own options as an expert would on a CPU: float32, nothing recomputed, nothing logged.
 
-How the rows of a step are batched is the workload's own setting, the fastest of what was tried; see workloads.py.
+How many rows of a step are computed at once is the workload's own setting; see workloads.py.
 """
 
 from typing import Any
