@@ -26,7 +26,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-BASH = ["scripts/quickstart", "scripts/test", "scripts/install", ".ci/run"]
+BASH = ["scripts/quickstart", "scripts/test", "scripts/install", "scripts/bench/install", ".ci/run"]
 
 
 def script(name: str) -> ModuleType:
