@@ -1,12 +1,16 @@
 """Write the generated tables of README.md: recipe keys, methods, parts; --check says whether they are current."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from lora_cli import io_ops, parts, presets
 from lora_cli.recipe import schema
+from lora_cli.screen import size
 
 README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "bench" / "results"
 
 
 def main() -> int:
@@ -21,7 +25,10 @@ def main() -> int:
 
 def filled(text: str) -> str:
     """README with every generated table as it should be."""
-    for name, made in (("methods", methods()), ("parts", all_parts()), ("keys", keys())):
+    tables = {"methods": methods(), "parts": all_parts(), "keys": keys()}
+    tables |= {name: compared(RESULTS / f"{name}.json") for name in ("family", "gradient-view")}
+    tables["speed"] = "\n".join(path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("*.md")))
+    for name, made in tables.items():
         text = between(text, name, "scripts/readme.py", made)
     return text
 
@@ -66,6 +73,28 @@ def keys() -> str:
         for key, each in model.model_fields.items():
             lines.append(f"| `{section}.{key}` | {(each.description or '').replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
+
+
+def compared(path: Path) -> str:
+    """What `lora compare` has found: compare.json of a finished comparison."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    base = found["base"]["loss"]["mean"]
+    lines = ["| method | held-out loss | below the base's | forgetting | trained | adapter | peak memory |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for variant in found["variants"]:
+        mean = {key: each["mean"] for key, each in variant["summary"].items()}
+        numbers = f"{size(mean['trained_parameters'])} | {size(mean['adapter_bytes'])}B"
+        scores = f"{_spread(variant['summary']['loss'])} | {base - mean['loss']:.2f}"
+        forgetting = _spread(variant["summary"]["forgetting"])
+        memory = f"{size(mean['peak_memory_bytes'])}B"
+        lines.append(f"| `{variant['name']}` | {scores} | {forgetting} | {numbers} | {memory} |")
+    return "\n".join(lines)
+
+
+def _spread(known: dict[str, Any]) -> str:
+    """The mean, over several seeds with its interval."""
+    interval = known["interval"]
+    return f"{known['mean']:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
 
 def _paper(paper: str) -> str:
