@@ -46,9 +46,10 @@ def attend(
     lengths = None if attention_mask is None else documents(attention_mask)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    each = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    # In float32: PyTorch's CPU kernels for 16 bits take several times as long on short documents.
+    each = zip(*(t.float().split(lengths, dim=2) for t in (query, key, value)), strict=True)
     alone = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in each]
-    return torch.cat(alone, 1), None
+    return torch.cat(alone, 1).to(query.dtype), None
 
 
 def documents(mask: Tensor) -> list[int] | None:

@@ -253,7 +253,7 @@ def _mine(run: Training, rows: list[int]) -> list[Batch]:
 
 def token_budget(device: torch.device) -> int:
     """Tokens computed at once under `micro_batch_size: auto`: enough to keep the device busy, few enough to fit."""
-    return 8192 if device.type == "cuda" else 512
+    return 8192 if device.type == "cuda" else 768
 
 
 def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> Tensor:
