@@ -96,6 +96,14 @@ def stored_dtype(recipe: ModelRecipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def hurries_in_bfloat16(device: torch.device) -> bool:
+    """Whether this is a CPU that multiplies bfloat16 in hardware; PyTorch before 2.13 cannot say."""
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def dtype_on_disk(recipe: ModelRecipe) -> str:
     """How the model's files store it; float32, which holds every other type, where the config does not say."""
     dtype = str(getattr(_config(recipe), "dtype", None)).removeprefix("torch.")
