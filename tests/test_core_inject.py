@@ -5,6 +5,7 @@ import torch
 
 from lora_cli import model as models
 from lora_cli.adapter import inject, plan
+from lora_cli.errors import UserError
 from lora_cli.recipe.schema import AdapterRecipe
 from tests import tiny
 
@@ -85,3 +86,16 @@ def test_factors_depend_on_seed_and_name_only():
         factors.append(inject.inject(model, made, seed).deltas["model.layers.1.self_attn.q_proj"].A)
     assert torch.equal(factors[0], factors[1])
     assert not torch.equal(factors[0], factors[2])
+
+
+def test_half_of_a_norm_in_16_bits_is_refused_on_a_cpu_and_all_of_it_trains():
+    model = tiny.model("gpt2").to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"ln_1\.bias would train in float32 beside .*ln_1\.weight") as caught:
+        plan.make(AdapterRecipe(train_also=("biases",)), model, models.ends_of(model))
+    assert "add norms" in str(caught.value)
+    made = inject.inject(
+        model, plan.make(AdapterRecipe(train_also=("biases", "norms")), model, models.ends_of(model))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.ones(1, 4, dtype=torch.int64)).logits.float().sum().backward()
+    assert made.also["transformer.h.0.ln_1.bias"].grad is not None

@@ -98,6 +98,7 @@ def make(
     rules.check(method, rules.facts_of(method, adapter, {adaptable[name][0] for name in names}))
     whole = [f"{name}.weight" for name in names if method.delta.name == WHOLE]
     also = tuple(dict.fromkeys([*whole, *_also(adapter.train_also, model, ends)]))
+    _check_norms(also, model)
     names = [] if whole else names
     _check_ends(names, also, tuple(new_rows), ends, untied)
     _check_patterns(adapter, names)
@@ -272,6 +273,21 @@ def _also_one(word: str, model: nn.Module, ends: Ends) -> list[str]:
         word = {"embeddings": ends.embeddings, "head": ends.head}.get(word, word)
         modules = [name for name, _ in model.named_modules() if name and _ends_with(name, word)]
     return [f"{name}.{key}" for name in modules for key, _ in model.get_submodule(name).named_parameters()]
+
+
+def _check_norms(also: tuple[str, ...], model: nn.Module) -> None:
+    """On a CPU a norm computes in one type: what trains is float32, so nothing else of it may be in 16 bits."""
+    for name in also:
+        owner = name.rpartition(".")[0]
+        rest = {
+            key: p
+            for key, p in model.get_submodule(owner).named_parameters(prefix=owner, recurse=False)
+            if key not in also
+        }
+        halves = [key for key, p in rest.items() if p.device.type == "cpu" and p.element_size() == 2]
+        if halves and "Norm" in type(model.get_submodule(owner)).__name__:
+            what = f"{name} would train in float32 beside {halves[0]} in 16 bits, which a CPU cannot compute"
+            raise UserError(what, where="adapter.train_also", fix="add norms to it, so that both train")
 
 
 def _check_ends(
