@@ -96,7 +96,7 @@ def stored_dtype(recipe: ModelRecipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def hurries_in_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether this is a CPU that multiplies bfloat16 in hardware; PyTorch before 2.13 cannot say."""
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False

@@ -98,7 +98,7 @@ class Story:
             f"{counts.examples:,} examples, {counts.trained_tokens:,} of {counts.tokens:,} tokens trained; "
             f"{run.total_steps:,} steps of {run.train.batch_size} on {run.accelerator.device}, {rows}"
         )
-        if run.precision is torch.float32 and models.hurries_in_bfloat16(run.accelerator.device):
+        if run.precision is torch.float32 and models.multiplies_bfloat16(run.accelerator.device):
             self.screen.note("this CPU is about twice as fast with --set model.dtype=bfloat16")
 
     def steps(self) -> None:
