@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from lora_cli import model as models
@@ -133,6 +134,21 @@ def weights(run: loop.Training) -> dict[str, Tensor]:
 def originals(run: loop.Training) -> dict[str, Tensor]:
     """Layer -> the base's own W0 in float64 [out, in]."""
     return {name: run.adapter.original_weight(name).double() for name in run.adapter.layers}
+
+
+def kept_in_the_shape_of_w(model: PreTrainedModel, adapter: inject.Adapter, ids: Tensor) -> list[Tensor]:
+    """What a forward pass keeps for the backward pass that is as large as an adapted W0, either way round."""
+    shapes = {(spec.out_features, spec.in_features) for spec in adapter.plan.layers}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids).logits.sum().backward()
+    return [tensor for tensor in kept if tuple(tensor.shape) in shapes]
 
 
 def distance(a: Tensor, b: Tensor) -> float:
