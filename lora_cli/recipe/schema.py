@@ -25,6 +25,7 @@ from pydantic.json_schema import WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 from lora_cli import parts
+from lora_cli.errors import short
 from lora_cli.parts import Part
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -45,7 +46,7 @@ def _compiles(pattern: str) -> str:
             warnings.simplefilter("error")  # "[[a]": a set that Python will read differently one day
             re.compile(pattern)
     except (re.error, Warning, RecursionError, OverflowError) as error:
-        raise ValueError(f"not a regular expression: {error}") from error
+        raise ValueError(f"not a regular expression: {short(str(error))}") from error
     return pattern
 
 
@@ -91,7 +92,7 @@ class Axis:
             raise ValueError(f"expected {self.expected}")
         known = parts.names(self.name)
         if value not in known:
-            raise ValueError(f"unknown {self.name} '{value[:60]}'; {parts.did_you_mean(value, known)}")
+            raise ValueError(f"unknown {self.name} '{short(value)}'; {parts.did_you_mean(value, known)}")
         return Part(name=value, settings=settings)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
