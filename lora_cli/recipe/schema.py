@@ -240,6 +240,12 @@ Sources = Annotated[
 ]
 
 
+def _unweighted(sources: tuple[WeightedSource, ...]) -> tuple[WeightedSource, ...]:
+    if any(source.weight != 1 for source in sources):
+        raise ValueError("a weight has no effect here, every row is measured once; leave it out")
+    return sources
+
+
 class PromptFormat(Section):
     """Prompt and completion written as templates over the columns of a row: `{column}`, `{{` for a brace."""
 
@@ -254,9 +260,9 @@ class DataRecipe(Section):
         description="jsonl, json, csv, txt or parquet file, folder, Hub id, or a list of them.",
         examples=["data/reviews/train.jsonl", [{"path": "a.jsonl", "weight": 2}, "b.csv"]],
     )
-    eval: Sources | None = Field(
+    eval: Annotated[Sources, AfterValidator(_unweighted)] | None = Field(
         default=None,
-        description="Held-out rows; the same forms as `train`.",
+        description="Held-out rows; the same forms as `train`, without weights.",
         examples=["data/reviews/test.jsonl"],
     )
     eval_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(
@@ -477,7 +483,7 @@ class EvalRecipe(Section):
         examples=["data/general.txt"],
     )
     max_rows: Positive | None = Field(default=None, description="Use only the first rows; default: all.")
-    batch_size: Positive = Field(default=16, description="Rows computed at once.")
+    batch_size: Positive = Field(default=16, description="Answers generated at once.")
     max_new_tokens: Positive = Field(default=128, description="Longest generated answer, in tokens.")
     samples: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Answers generated and shown at each evaluation while training."
