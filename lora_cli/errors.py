@@ -3,10 +3,20 @@
 UserError       a message for a person: what is wrong, where, what to do; never a traceback
 └ several       `UserError.several` joins the errors of one file into one report
 ExitCode        published; scripts rely on it
+short           what a user wrote, as it stands in a message
 """
 
 from collections.abc import Iterable
 from enum import IntEnum
+
+LONGEST = 60
+"""Characters of what a user wrote that a message repeats."""
+
+
+def short(text: str) -> str:
+    """Long text cut, and what a terminal does not show as a character escaped: a message stays one, on its lines."""
+    text = text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class ExitCode(IntEnum):

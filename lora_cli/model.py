@@ -232,8 +232,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Give the head a copy of the embeddings and note it in the config, which is saved with the model."""
-    _, head = end_modules(model)
+    """Give the head a copy of the embeddings and note it in the config, which is saved with the model.
+
+    Raises:
+        UserError: it has one of its own.
+    """
+    embeddings, head = end_modules(model)
+    if embeddings.weight is not head.weight:
+        what = "the output head of this model has a weight of its own already"
+        raise UserError(what, where="model.untie", fix="leave it out", code=ExitCode.MODEL)
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
 

@@ -13,6 +13,9 @@ SOURCE = st.one_of(
     WORD, st.fixed_dictionaries({"path": WORD}, optional={"weight": st.sampled_from([2, 0.5])})
 )
 SOURCES = st.one_of(SOURCE, st.lists(SOURCE, min_size=1, max_size=3))
+UNWEIGHTED = st.one_of(
+    WORD, st.lists(st.one_of(WORD, st.fixed_dictionaries({"path": WORD})), min_size=1, max_size=3)
+)
 COUNT = st.integers(1, 10**6)
 POSITIVE = st.one_of(COUNT, st.floats(1e-12, 1e12))
 SHARE = st.floats(0, 0.5)
@@ -32,7 +35,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "model.add_tokens": st.lists(WORD, max_size=2),
     "model.untie": FLAG,
     "data.train": SOURCES,
-    "data.eval": or_null(SOURCES),
+    "data.eval": or_null(UNWEIGHTED),
     "data.eval_fraction": SHARE,
     "data.format": st.one_of(
         st.sampled_from(["auto", "messages", "alpaca", "sharegpt", "text"]),
@@ -132,7 +135,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "model.add_tokens": LIST_WRONG,
     "model.untie": FLAG_WRONG,
     "data.train": (*SOURCES_WRONG, None),
-    "data.eval": SOURCES_WRONG,
+    "data.eval": (*SOURCES_WRONG, {"path": "a", "weight": 2}),
     "data.eval_fraction": (0.6, *NUMBER_WRONG),
     "data.format": (
         *CHOICE_WRONG[:3],

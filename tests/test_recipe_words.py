@@ -51,8 +51,11 @@ def with_keys(section: str, *keys: str) -> str:
 
 def advice_on(folder: Path, section: str, keys: Iterable[str]) -> dict[str, str]:
     """What is told about each of many unknown keys in one place."""
-    told = re.findall(r"unknown key '(\S+)'\n  → (.*)", advice(folder, with_keys(section, *keys)))
-    return {key.removeprefix(f"{section}."): fix for key, fix in told}
+    keys, told = list(keys), dict[str, str]()
+    for first in range(0, len(keys), load.MOST):
+        message = advice(folder, with_keys(section, *keys[first : first + load.MOST]))
+        told.update(re.findall(r"unknown key '(\S+)'\n  → (.*)", message))
+    return {key.removeprefix(f"{section}."): fix for key, fix in told.items()}
 
 
 def typos(word: str) -> set[str]:

@@ -1,8 +1,8 @@
 """Which parts go together: each part's file says what it `needs` and what it `forbids`, here it is asked.
 
 Both map a fact to a reason, or are functions of the part's settings that do. A fact is a chosen part, `init.zero_a`;
-`dropout`; a key of `adapter` that the recipe sets, `lora_bias`; a kind of base, `base.embedding`; or how the base is
-kept, `base.quantized`.
+`dropout`; a key of `adapter` that the recipe sets, `lora_bias`, or of `train` that it changes, `train.betas`; a kind
+of base, `base.embedding`; or how the base is kept, `base.quantized`.
 """
 
 from collections import Counter

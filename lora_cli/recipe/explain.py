@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from lora_cli.errors import UserError
 from lora_cli.recipe import peers
 from lora_cli.recipe.schema import Recipe
-from lora_cli.recipe.words import Keys, expected, keys_of, mended, shown
+from lora_cli.recipe.words import Keys, dotted, expected, keys_of, mended, shown
 
 QUOTED = re.compile(r"'([\w.]+)'")
 
@@ -24,8 +24,8 @@ def complaints(
     where: Callable[[Keys], str],
     top: Keys = (),
     broken: Collection[Keys] = (),
-) -> list[UserError]:
-    """Everything that is wrong with `data`, one error for each mistake.
+) -> Iterator[UserError]:
+    """Everything that is wrong with `data`, one error for each mistake, found as they are asked for.
 
     Args:
         section: the model that `data` should fit.
@@ -34,10 +34,7 @@ def complaints(
         top: the way from the top of the recipe to `data`.
         broken: keys known to be wrong; nothing is said about them.
     """
-    check = _Check(section, data, where, top, wrong={_removable(keys) for keys in broken})
-    while check.finds_more():
-        pass
-    return check.found
+    return _Check(section, data, where, top, wrong={_removable(keys) for keys in broken}).found()
 
 
 @dataclass
@@ -53,58 +50,61 @@ class _Check:
     wrong: set[Keys]
     implied: set[Keys] = field(default_factory=set[Keys])
     """Keys that an unknown key stands for; they are not called missing."""
-    found: list[UserError] = field(default_factory=list[UserError])
 
-    def finds_more(self) -> bool:
-        """Check once, add to what was found, and say whether another look is worth it."""
+    def found(self) -> Iterator[UserError]:
+        """Check until nothing new turns up."""
+        before = -1
+        while len(self.wrong) > before and (details := self.details()):
+            before = len(self.wrong)
+            for keys, detail in self.one_each(sorted(details, key=lambda each: each["type"] == "missing")):
+                yield from self.told(keys, detail)
+
+    def details(self) -> list[ErrorDetails]:
+        """What pydantic says about everything but the keys that are known to be wrong."""
         try:
             self.section.model_validate(_without(self.data, self.wrong))
         except ValidationError as refused:
-            before = len(self.wrong)
-            details = refused.errors(include_url=False, include_input=False)
-            for keys, detail in self.one_each(sorted(details, key=lambda each: each["type"] == "missing")):
-                self.add(keys, detail)
-            return len(self.wrong) > before
-        return False
+            return refused.errors(include_url=False, include_input=False)
+        return []
 
     def one_each(self, details: list[ErrorDetails]) -> Iterator[tuple[Keys, ErrorDetails]]:
         """One detail for each place; of the branches of a union, the one that got furthest speaks."""
         placed = [(_written(detail, self.data), detail) for detail in details]
+        above = {each for keys, _ in placed for each in _above(keys)}
         told: set[Keys] = set()
         for keys, detail in placed:
-            deeper = any(len(other) > len(keys) and other[: len(keys)] == keys for other, _ in placed)
-            shallow = deeper and detail["type"] not in ("value_error", "missing")
-            if keys not in told and not shallow and not any(keys[: len(each)] == each for each in self.wrong):
+            shallow = keys in above and detail["type"] not in ("value_error", "missing")
+            if keys not in told and not shallow and self.wrong.isdisjoint([*_above(keys), keys]):
                 told.add(keys)
                 yield keys, detail
 
-    def add(self, keys: Keys, detail: ErrorDetails) -> None:
-        """Put one detail in our words."""
+    def told(self, keys: Keys, detail: ErrorDetails) -> Iterator[UserError]:
+        """One detail in our words."""
         match detail["type"]:
             case "value_error":
-                self.add_contradictions(
+                yield from self.contradictions(
                     keys, str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
                 )
             case "extra_forbidden":
-                self.add_unknown(keys)
+                yield self.unknown(keys)
             case "missing" if isinstance(detail["loc"][-1], str):
                 if not any(each[: len(keys)] == keys for each in self.implied):
                     fix = f"expected {expected(self.section, keys)}"
-                    self.report(keys, f"missing key '{self.name(keys)}'", fix)
+                    yield self.error(keys, f"missing key '{self.name(keys)}'", fix)
             case _:
                 value = _value(self.data, keys)
                 what = f"{self.name(keys)}: expected {expected(self.section, keys)}, got {shown(value)}"
-                self.report(keys, what, mended(value, self.section, keys))
+                yield self.error(keys, what, mended(value, self.section, keys))
 
-    def add_unknown(self, keys: Keys) -> None:
+    def unknown(self, keys: Keys) -> UserError:
         word, here = str(keys[-1]), keys_of(self.section, keys[:-1])
         sections = keys_of(Recipe) if self.section is Recipe else []
         homes = {each: keys_of(Recipe, (each,)) for each in sections}
         fix, meant = _advice(word, here, homes)
         self.implied.add((*keys[:-1], meant) if meant in here else tuple(meant.split(".")))
-        self.report(keys, f"unknown key '{self.name(keys)}'", fix)
+        return self.error(keys, f"unknown key '{self.name(keys)}'", fix)
 
-    def add_contradictions(self, keys: Keys, message: str) -> None:
+    def contradictions(self, keys: Keys, message: str) -> Iterator[UserError]:
         """Messages of our own, one a line, `what; fix`, that name keys in quotes, dotted from `keys`."""
         is_section = bool(keys_of(self.section, keys))
         for line in message.split("\n"):
@@ -112,16 +112,17 @@ class _Check:
             if any(_removable(each) in self.wrong for each in named):
                 continue
             written = [each for each in named if _has(self.data, each)] or [keys]
-            what, _, fix = line.partition("; ")
-            self.report(written[0], f"{self.name(keys)}: {what}" if keys else what, fix)
+            what, _, fix = line.rpartition("; ") if "; " in line else (line, "", "")
+            yield self.error(written[0], f"{self.name(keys)}: {what}" if keys else what, fix)
             self.wrong |= {_removable(each) for each in written}
 
-    def report(self, keys: Keys, what: str, fix: str) -> None:
-        self.found.append(UserError(what, where=self.where((*self.top, *keys)), fix=fix))
+    def error(self, keys: Keys, what: str, fix: str) -> UserError:
+        """From now on the key is known to be wrong."""
         self.wrong.add(_removable(keys))
+        return UserError(what, where=self.where((*self.top, *keys)), fix=fix)
 
     def name(self, keys: Keys) -> str:
-        return ".".join(map(str, (*self.top, *keys)))
+        return dotted(*self.top, *keys)
 
 
 def _advice(word: str, here: list[str], homes: dict[str, list[str]]) -> tuple[str, str]:
@@ -181,6 +182,11 @@ def _value(data: Any, keys: Keys) -> Any:
     for key in keys:
         data = data[key]
     return data
+
+
+def _above(keys: Keys) -> list[Keys]:
+    """The ways to everything that the value at `keys` is in, from the top down."""
+    return [keys[:cut] for cut in range(len(keys))]
 
 
 def _removable(keys: Keys) -> Keys:

@@ -6,7 +6,7 @@ from functools import reduce
 from typing import Any
 
 from lora_cli.errors import UserError
-from lora_cli.recipe.read import Marked
+from lora_cli.recipe.read import MAX_DEPTH, Marked
 from lora_cli.recipe.schema import EXCLUSIVE, axes
 from lora_cli.recipe.words import Keys
 
@@ -94,8 +94,16 @@ def _in_sections(variant: Marked) -> Marked:
         return replace(variant, value={})
     if not isinstance(variant.value, dict):
         return variant
-    sections = (nested(key, node) for key, node in variant.value.items())
+    sections = (_in_section(key, node) for key, node in variant.value.items())
     return replace(reduce(_joined, sections, replace(variant, value={})), where=variant.where)
+
+
+def _in_section(key: str, node: Marked) -> Marked:
+    """A key of many dots is as deep as it looks."""
+    if key.count(".") < MAX_DEPTH:
+        return nested(key, node)
+    error = UserError(f"nested deeper than {MAX_DEPTH} levels", where=node.where)
+    return Marked({key: replace(node, error=error)}, node.where)
 
 
 def _joined(first: Marked, second: Marked) -> Marked:

@@ -4,9 +4,10 @@ Paths in a recipe are relative to the current directory, as in the shell; only `
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from lora_cli.presets import PRESETS
 from lora_cli.recipe import explain, layers, read
 from lora_cli.recipe.read import Marked
 from lora_cli.recipe.schema import OutputRecipe, Part, Recipe, Section, axes
-from lora_cli.recipe.words import Keys
+from lora_cli.recipe.words import Keys, dotted, shown
 
 MAX_FILES = 8
+MOST = 200
+"""Mistakes that are told at once; who made more did not mean to write a recipe."""
 PLACE = re.compile(r"(?:\$\{\w+\} at )?(?P<file>.*):(?P<line>\d+)")
 VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,39}")
 COMPARISONS = {
@@ -161,59 +164,62 @@ def _variants(tree: Marked) -> dict[str, Loaded]:
     """
     compare, alone = tree.child("compare"), layers.without(tree, ("compare",))
     written: dict[str, Marked] = compare.value if compare is not None else {}
+    if compare is not None:
+        _check_size(alone, compare)
     trees = {name: layers.over(alone, node) for name, node in written.items()}
-    found = [error for name, node in written.items() for error in _not_for_variants(name, node)]
-    for name, each in trees.items():
-        found += _mistakes(each, ("compare", name))
-    _refuse(found)
+    misplaced = (error for name, node in written.items() for error in _not_for_variants(name, node))
+    wrong = (error for name, each in trees.items() for error in _mistakes(each, ("compare", name)))
+    _refuse(chain(misplaced, wrong))
     return {name: _loaded(each, name) for name, each in trees.items()}
+
+
+def _check_size(recipe: Marked, compare: Marked) -> None:
+    """A small file with many variants of many values would take as long as a large one."""
+    if len(compare.value) * sum(1 for _ in layers.walk(recipe)) > read.MAX_NODES:
+        what = f"compare: more than {read.MAX_NODES} values, the recipe counted once for each variant"
+        raise UserError(what, where=compare.where, fix="compare fewer variants at a time")
 
 
 def _not_for_variants(name: str, variant: Marked) -> Iterator[UserError]:
     """A name that cannot be a folder's, and keys that are the comparison's."""
-    top = f"compare.{name}"
     if not VARIANT.fullmatch(name):
         fix = "name it with letters, digits, '_', '+' and '-', at most 40"
-        yield UserError(f"{top}: not a name of a variant", where=variant.where, fix=fix)
+        what = f"{dotted('compare', name)}: not a name of a variant"
+        yield UserError(what, where=variant.where, fix=fix)
     for keys, node in layers.walk(variant):
-        dotted = ".".join(map(str, keys))
-        if dotted in COMPARISONS:
-            what = f"{top}.{dotted}: a variant cannot set this"
-            yield UserError(what, where=node.where, fix=COMPARISONS[dotted])
+        if (key := ".".join(map(str, keys))) in COMPARISONS:
+            what = f"{dotted('compare', name, *keys)}: a variant cannot set this"
+            yield UserError(what, where=node.where, fix=COMPARISONS[key])
 
 
-def _refuse(mistakes: Iterable[UserError]) -> None:
-    found = sorted(mistakes, key=_position)
+def _refuse(mistakes: Iterator[UserError]) -> None:
+    found = sorted(islice(mistakes, MOST), key=_position)
+    if (another := next(mistakes, None)) is not None:
+        found.append(UserError(f"more than {MOST} mistakes", where=another.where, fix="mend these first"))
     if found:
         raise UserError.several(found)
 
 
-def _mistakes(tree: Marked, top: Keys = ()) -> list[UserError]:
+def _mistakes(tree: Marked, top: Keys = ()) -> Iterator[UserError]:
     """Everything that is wrong in the tree of a recipe; `top` is what keys are called by in front."""
     unusable = {keys: node.error for keys, node in layers.walk(tree) if node.error is not None}
-    found = [
-        UserError(f"{_dotted(top, keys)}: {error.what}", where=error.where, fix=error.fix)
-        for keys, error in unusable.items()
-    ]
-    found += _unknown_method(tree, top)
+    for keys, error in unusable.items():
+        yield UserError(f"{dotted(*top, *keys)}: {error.what}", where=error.where, fix=error.fix)
+    yield from _unknown_method(tree, top)
     where = partial(_place_below, tree, len(top))
-    return found + explain.complaints(Recipe, layers.plain(tree), where, top, broken=unusable)
+    yield from explain.complaints(Recipe, layers.plain(tree), where, top, broken=unusable)
 
 
 def _unknown_method(tree: Marked, top: Keys) -> Iterator[UserError]:
     keys = ("adapter", "method")
     method = dict(layers.walk(tree)).get(keys)
     if method is not None and isinstance(method.value, str) and method.value not in ("", *PRESETS):
-        what = f"{_dotted(top, keys)}: unknown method '{method.value}'"
+        what = f"{dotted(*top, *keys)}: unknown method {shown(method.value)}"
         yield UserError(what, where=method.where, fix=parts.did_you_mean(method.value, PRESETS))
 
 
 def _place_below(tree: Marked, depth: int, keys: Keys) -> str:
     return layers.place(tree, keys[depth:])
-
-
-def _dotted(*keys: Keys) -> str:
-    return ".".join(str(key) for each in keys for key in each)
 
 
 def _origins(tree: Marked) -> dict[str, str]:
@@ -226,8 +232,8 @@ def _origins(tree: Marked) -> dict[str, str]:
 
 
 def _place_in(loaded: Loaded, keys: tuple[Any, ...]) -> str:
-    dotted = ".".join(map(str, keys))
-    return loaded.origin(dotted) or dotted
+    key = ".".join(map(str, keys))
+    return loaded.origin(key) or key
 
 
 def _position(error: UserError) -> tuple[str, int]:

@@ -25,6 +25,7 @@ from pydantic.json_schema import WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 from lora_cli import parts
+from lora_cli.errors import short
 from lora_cli.parts import Part
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -45,7 +46,7 @@ def _compiles(pattern: str) -> str:
             warnings.simplefilter("error")  # "[[a]": a set that Python will read differently one day
             re.compile(pattern)
     except (re.error, Warning, RecursionError, OverflowError) as error:
-        raise ValueError(f"not a regular expression: {error}") from error
+        raise ValueError(f"not a regular expression: {short(str(error))}") from error
     return pattern
 
 
@@ -91,7 +92,7 @@ class Axis:
             raise ValueError(f"expected {self.expected}")
         known = parts.names(self.name)
         if value not in known:
-            raise ValueError(f"unknown {self.name} '{value[:60]}'; {parts.did_you_mean(value, known)}")
+            raise ValueError(f"unknown {self.name} '{short(value)}'; {parts.did_you_mean(value, known)}")
         return Part(name=value, settings=settings)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -239,6 +240,12 @@ Sources = Annotated[
 ]
 
 
+def _unweighted(sources: tuple[WeightedSource, ...]) -> tuple[WeightedSource, ...]:
+    if any(source.weight != 1 for source in sources):
+        raise ValueError("a weight has no effect here, every row is measured once; leave it out")
+    return sources
+
+
 class PromptFormat(Section):
     """Prompt and completion written as templates over the columns of a row: `{column}`, `{{` for a brace."""
 
@@ -253,9 +260,9 @@ class DataRecipe(Section):
         description="jsonl, json, csv, txt or parquet file, folder, Hub id, or a list of them.",
         examples=["data/reviews/train.jsonl", [{"path": "a.jsonl", "weight": 2}, "b.csv"]],
     )
-    eval: Sources | None = Field(
+    eval: Annotated[Sources, AfterValidator(_unweighted)] | None = Field(
         default=None,
-        description="Held-out rows; the same forms as `train`.",
+        description="Held-out rows; the same forms as `train`, without weights.",
         examples=["data/reviews/test.jsonl"],
     )
     eval_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(
@@ -476,7 +483,7 @@ class EvalRecipe(Section):
         examples=["data/general.txt"],
     )
     max_rows: Positive | None = Field(default=None, description="Use only the first rows; default: all.")
-    batch_size: Positive = Field(default=16, description="Rows computed at once.")
+    batch_size: Positive = Field(default=16, description="Answers generated at once.")
     max_new_tokens: Positive = Field(default=128, description="Longest generated answer, in tokens.")
     samples: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Answers generated and shown at each evaluation while training."

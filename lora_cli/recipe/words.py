@@ -3,6 +3,7 @@
 expected    what a key takes: "a whole number ≥ 1"
 keys_of     which keys are known in a mapping
 shown       a value as it is written in a recipe
+dotted      the way to a value
 mended      what to write instead of a value of the wrong kind
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lora_cli import parts
+from lora_cli.errors import short
 from lora_cli.recipe.read import resolve
 from lora_cli.recipe.schema import Axis
 
@@ -23,7 +25,6 @@ Schema = dict[str, Any]
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
-LONGEST = 60
 
 
 @cache
@@ -52,9 +53,12 @@ def shown(value: Any) -> str:
         return "a mapping"
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
-    text = str(value)
-    text = text if len(text) <= LONGEST else text[:LONGEST] + "…"
-    return f"'{text}'" if isinstance(value, str) else text
+    return f"'{short(value)}'" if isinstance(value, str) else short(str(value))
+
+
+def dotted(*keys: str | int) -> str:
+    """The way to a value: `adapter.r`; long keys cut."""
+    return ".".join(short(str(key)) for key in keys)
 
 
 def mended(value: Any, section: type[BaseModel], keys: Keys) -> str:
@@ -68,7 +72,7 @@ def mended(value: Any, section: type[BaseModel], keys: Keys) -> str:
     if isinstance(value, dict | tuple) and "string" in types:
         return "put quotes around it if it is text"
     if "array" in types and not isinstance(value, dict | tuple):
-        return f"write [{value}]"
+        return f"write [{short(str(value))}]"
     return ""
 
 

@@ -20,7 +20,7 @@ from lora_cli.data.load import Datasets
 from lora_cli.data.pack import check_isolation, epoch_order
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES, LanguageModel
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import Recipe, TrainRecipe
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
 from lora_cli.train.measure import measure
@@ -30,13 +30,22 @@ MEASURED_ROWS = 32
 
 
 def check_method(recipe: Recipe) -> None:
-    """Refuse parts that do not go together, before anything is loaded.
+    """Refuse what does not go together, before anything is loaded.
 
     Raises:
         UserError: with the reasons that the parts give.
     """
+    if recipe.model.revision is not None and Path(recipe.model.name).is_dir():
+        what, fix = "a folder has no revisions", "leave it out, or name an id on the Hub"
+        raise UserError(what, where="model.revision", fix=fix)
     method = presets.resolve(recipe.adapter, recipe.train.optimizer)
-    rules.check(method, rules.facts_of(method, presets.with_defaults(recipe.adapter)))
+    facts = rules.facts_of(method, presets.with_defaults(recipe.adapter))
+    rules.check(method, facts | _changed(recipe.train))
+
+
+def _changed(train: TrainRecipe) -> set[str]:
+    """Keys of `train` that are not what they are by themselves."""
+    return {f"train.{key}" for key, value in train if value != TrainRecipe.model_fields[key].default}
 
 
 def plan_for(recipe: Recipe, language: LanguageModel) -> Plan:

@@ -10,6 +10,8 @@ from torch.optim import SGD, Optimizer
 
 from lora_cli.recipe.schema import TrainRecipe
 
+forbids = {"train.betas": "it remembers nothing from which it could take moments"}
+
 
 def make(groups: list[dict[str, Any]], train: TrainRecipe, adapter: object) -> Optimizer:
     """Without momentum."""

@@ -1,0 +1,489 @@
+"""Every key of a recipe does what it says: changing it changes what its description names, or it is refused.
+
+The table has a case for each key of the schema and for each setting of a part; one that has none fails. A resolved
+recipe shows every key, so it is no effect; what a clock measures is none either.
+"""
+
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lora_cli import model as models
+from lora_cli import parts
+from lora_cli.errors import UserError
+from lora_cli.evaluate import generation
+from lora_cli.recipe import load
+from lora_cli.recipe.schema import ModelRecipe, Recipe
+from lora_cli.recipe.words import keys_of
+from lora_cli.run import compare, save
+from lora_cli.run.evaluate import evaluate
+from lora_cli.run.train import train
+from lora_cli.screen import Screen
+from lora_cli.train import loop
+from tests import tiny
+from tests.conftest import ROWS
+from tests.recipe_values import as_yaml
+
+CLOCK = {"seconds", "tokens_per_second", "memory_bytes"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A key, the value that it is changed to, and where that has to show."""
+
+    shows: str
+    """A field of `Shown`."""
+    value: Any
+    given: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Other keys, dotted, without which this one says nothing; `${...}` in a value is a file of the fixture."""
+    told: str = ""
+    """Words of the refusal, where one of both is refused."""
+
+
+@dataclass
+class Shown:
+    """What a command leaves and shows."""
+
+    adapter: str = ""
+    """Digest of its tensors."""
+    log: str = ""
+    """log.jsonl without what a clock measured."""
+    files: str = ""
+    """Their names, below the run folder."""
+    folder: str = ""
+    screen: str = ""
+    """Its lines, every number replaced by #."""
+    computed: str = ""
+    """Rows × tokens of each micro-batch, prompts answered at once, and how often a block was computed."""
+    measured: str = ""
+    """The report and the predictions of `lora eval`."""
+    refused: str = ""
+
+
+ANSWERED = {"data.format": {"prompt": "{question}", "completion": " {answer}"}, "data.chat_template": "none"}
+BASE: dict[str, Any] = {
+    "model.name": "${plain}",
+    "data.train": "${rows}",
+    "data.eval_fraction": 0.2,
+    **ANSWERED,
+    "adapter.r": 4,
+    "adapter.target_modules": ["q_proj", "v_proj"],
+    "train.max_steps": 2,
+    "train.batch_size": 4,
+    "train.learning_rate": 1e-2,
+}
+LONGER = {"train.max_steps": 4}
+EVALS = {"train.max_steps": 3, "train.eval_steps": 1}
+ADALORA = {"adapter.method": "adalora", "train.max_steps": 10}
+SHORT_PIECES = {"adapter.lifecycle": {"restart": {"every": 2}}, "train.max_steps": 6}
+BIASED = {"model.name": "${biased}", "adapter.target_modules": ["q_proj"]}
+CHAT = {"data.chat_template": "auto"}
+
+TRAINED: dict[str, Case | tuple[Case, ...]] = {
+    "model.name": Case("adapter", "${other}"),
+    "model.revision": Case("refused", "main", told="a folder has no revisions"),
+    "model.dtype": Case("adapter", "bfloat16"),
+    "model.attention": (Case("screen", "eager"), Case("adapter", "eager", {"data.packing": False})),
+    "model.add_tokens": Case("adapter", ["<|think|>"]),
+    "model.untie": (
+        Case("refused", True, {"model.name": "${tied}", "adapter.train_also": ["head"]}, "shares its weight"),
+        Case("refused", True, told="has a weight of its own already"),
+    ),
+    "data.train": Case("adapter", "${others}"),
+    "data.train.path": Case("adapter", {"path": "${others}"}, {"data.train": {"path": "${rows}"}}),
+    "data.train.weight": Case(
+        "adapter",
+        [{"path": "${rows}", "weight": 3}, "${others}"],
+        {"data.train": ["${rows}", "${others}"]},
+    ),
+    "data.train.split": Case("refused", {"path": "${rows}", "split": "test"}, told="for ids on the Hub"),
+    "data.eval": (
+        Case("log", "${others}", {"data.eval_fraction": 0.0}),
+        Case("refused", {"path": "${others}", "weight": 2}, {"data.eval_fraction": 0.0}, "no effect here"),
+    ),
+    "data.eval_fraction": Case("log", 0.4),
+    "data.format": Case("adapter", {"prompt": "Q: {question}", "completion": " {answer}"}),
+    "data.format.prompt": Case("adapter", {"prompt": "Q: {question}", "completion": " {answer}"}),
+    "data.format.completion": Case("adapter", {"prompt": "{question}", "completion": " = {answer}"}),
+    "data.chat_template": (Case("adapter", "auto"), Case("adapter", "${template}", CHAT)),
+    "data.system": (
+        Case("adapter", "Be kind.", CHAT),
+        Case("refused", "Be kind.", told="needs a chat template"),
+    ),
+    "data.max_length": (
+        Case("refused", 20, told="tokens"),
+        Case("adapter", 20, {"data.overflow": "truncate"}),
+    ),
+    "data.overflow": Case("adapter", "truncate", {"data.max_length": 21, "data.overflow": "drop"}),
+    "data.train_on": (Case("adapter", "all"), Case("refused", "assistant", told="is for chats")),
+    "data.packing": Case("computed", False),
+    "adapter.method": Case("adapter", "dora"),
+    "adapter.r": Case("adapter", 2),
+    "adapter.alpha": Case("adapter", 8),
+    "adapter.dropout": Case("adapter", 0.5),
+    "adapter.target_modules": Case("adapter", ["q_proj"]),
+    "adapter.exclude_modules": Case("adapter", ["v_proj"]),
+    "adapter.layers": Case("adapter", [1]),
+    "adapter.rank_pattern": Case("adapter", {"q_proj": 2}),
+    "adapter.alpha_pattern": Case("adapter", {"q_proj": 4}),
+    "adapter.lora_bias": (Case("adapter", True, BIASED), Case("refused", True, told="has no bias")),
+    "adapter.train_also": Case("adapter", ["norms"]),
+    "adapter.init": Case("adapter", "gaussian"),
+    "adapter.scale": Case("adapter", "rslora"),
+    "adapter.delta": (
+        Case("adapter", "two_sided", {"adapter.init": "random_projection"}),
+        Case("refused", "gated", told="needs init.small"),
+    ),
+    "adapter.combine": Case("adapter", "dora"),
+    "adapter.trainable": Case("adapter", "lora_fa"),
+    "adapter.rank": (
+        Case("adapter", "fixed", ADALORA),
+        Case("refused", "adalora", told="needs delta.gated"),
+    ),
+    "adapter.lifecycle": Case("adapter", {"restart": {"every": 2}}, LONGER),
+    "train.epochs": Case("log", 0.5, {"train.max_steps": None, "train.epochs": 0.2}),
+    "train.max_steps": Case("log", 3),
+    "train.batch_size": Case("log", 5),
+    "train.micro_batch_size": Case("computed", 1),
+    "train.learning_rate": Case("adapter", 1e-3),
+    "train.lr_scheduler": Case("log", "cosine", LONGER),
+    "train.warmup_ratio": Case("log", 0.5, LONGER),
+    "train.warmup_steps": Case("log", 3),
+    "train.min_learning_rate": Case("log", 5e-3),
+    "train.weight_decay": Case("adapter", 0.5),
+    "train.optimizer": Case("adapter", "lora_plus"),
+    "train.betas": (
+        Case("adapter", [0.5, 0.9], LONGER),
+        Case("refused", [0.5, 0.9], {"train.optimizer": "sgd"}, "remembers nothing"),
+    ),
+    "train.max_grad_norm": Case("adapter", 1e-3, {"train.optimizer": "sgd"}),
+    "train.precision": Case("adapter", "bfloat16"),
+    "train.gradient_checkpointing": Case("computed", True),
+    "train.seed": Case("adapter", 1),
+    "train.log_steps": Case("screen", 2),
+    "train.eval_steps": Case("log", 1),
+    "train.save_steps": Case("files", 1, LONGER),
+    "train.keep_checkpoints": Case("files", 3, {**LONGER, "train.save_steps": 1}),
+    "train.early_stopping_patience": Case("log", 1, {**EVALS, "train.learning_rate": 0.0}),
+    "train.trackers": Case("files", ["tensorboard"]),
+    "eval.max_rows": Case("log", 2),
+    "eval.samples": Case("screen", 2, {"eval.max_new_tokens": 4}),
+    "output.dir": Case("folder", "${elsewhere}"),
+    "adapter.delta.vera.d": Case("adapter", {"vera": {"d": 0.5}}, {"adapter.method": "vera"}),
+    "adapter.init.corda.mode": Case("adapter", {"corda": {"mode": "kpm"}}, {"adapter.method": "corda"}),
+    "adapter.init.corda.rows": Case("adapter", {"corda": {"rows": 8}}, {"adapter.method": "corda"}),
+    "adapter.init.eva.rows": Case("adapter", {"eva": {"rows": 8}}, {"adapter.init": "eva"}),
+    "adapter.init.eva.rho": Case(
+        "adapter", {"eva": {"rho": 2.0}}, {"adapter.init": "eva", "adapter.target_modules": "all-linear"}
+    ),
+    "adapter.init.lora_ga.rows": Case("adapter", {"lora_ga": {"rows": 8}}, {"adapter.init": "lora_ga"}),
+    "adapter.init.lora_ga.gamma": Case("adapter", {"lora_ga": {"gamma": 4.0}}, {"adapter.init": "lora_ga"}),
+    "adapter.init.pissa.niter": Case("adapter", {"pissa": {"niter": 1}}, {"adapter.init": "pissa"}),
+    "adapter.init.small.std": Case("adapter", {"small": {"std": 0.1}}, ADALORA),
+    "adapter.init.symmetric.size": Case(
+        "adapter", {"symmetric": {"size": 0.2}}, {"adapter.init": "symmetric"}
+    ),
+    "adapter.scale.constant.value": Case("adapter", {"constant": {"value": 0.5}}, {"adapter.scale": "constant"}),
+    "adapter.rank.adalora.initial": Case("adapter", {"adalora": {"initial": 2.0}}, ADALORA),
+    "adapter.rank.adalora.warmup": Case(
+        "adapter", {"adalora": {"warmup": 0.6, "every": 1}}, {**ADALORA, "adapter.rank": {"adalora": {"every": 1}}}
+    ),
+    "adapter.rank.adalora.final": Case(
+        "adapter", {"adalora": {"final": 0.8, "every": 1}}, {**ADALORA, "adapter.rank": {"adalora": {"every": 1}}}
+    ),
+    "adapter.rank.adalora.every": Case("adapter", {"adalora": {"every": 2}}, ADALORA),
+    "adapter.rank.adalora.beta": Case(
+        "adapter",
+        {"adalora": {"beta": 0.0, "every": 1}},
+        {**ADALORA, "adapter.rank": {"adalora": {"every": 1}}, "adapter.target_modules": "all-linear"},
+    ),
+    "adapter.rank.adalora.orthogonality": Case("adapter", {"adalora": {"orthogonality": 1.0}}, ADALORA),
+    "adapter.lifecycle.delta_lora.ratio": Case(
+        "adapter",
+        {"delta_lora": {"after": 1, "ratio": 9.0}},
+        {**LONGER, "adapter.lifecycle": {"delta_lora": {"after": 1}}},
+    ),
+    "adapter.lifecycle.delta_lora.after": Case(
+        "adapter", {"delta_lora": {"after": 1}}, {**LONGER, "adapter.lifecycle": "delta_lora"}
+    ),
+    "adapter.lifecycle.restart.every": Case("adapter", {"restart": {"every": 3}}, SHORT_PIECES),
+    "adapter.lifecycle.restart.moments": Case(
+        "adapter", {"restart": {"every": 2, "moments": 1.0}}, SHORT_PIECES
+    ),
+    "adapter.lifecycle.restart.warmup": Case("log", {"restart": {"every": 2, "warmup": 2}}, SHORT_PIECES),
+    "adapter.lifecycle.restart.layers": Case(
+        "adapter", {"restart": {"every": 2, "layers": 1}}, SHORT_PIECES
+    ),
+    "adapter.dropout.standard.p": Case("adapter", {"standard": {"p": 0.3}}, {"adapter.dropout": "standard"}),
+    "train.optimizer.lora_plus.ratio": Case(
+        "adapter", {"lora_plus": {"ratio": 4.0}}, {"train.optimizer": "lora_plus"}
+    ),
+}  # fmt: skip
+
+WRITES = {"eval.metrics": ["exact_match"], "eval.max_new_tokens": 4}
+CHOOSES = {"eval.metrics": ["choice_accuracy"]}
+MEASURED: dict[str, Case] = {
+    "eval.metrics": Case("measured", ["loss", "perplexity"]),
+    "eval.choices": Case("measured", [f" {number}" for number in range(30)], CHOOSES),
+    "eval.references": Case("measured", "right", CHOOSES | {"eval.choices": [f" {n}" for n in range(30)]}),
+    "eval.forgetting": Case("measured", "${text}"),
+    "eval.max_rows": Case("measured", 2),
+    "eval.batch_size": Case("computed", 3, WRITES),
+    "eval.max_new_tokens": Case("measured", 9, WRITES),
+}
+ELSEWHERE = ("compare",)
+"""Keys with a test of their own, below."""
+
+
+def all_keys() -> list[str]:
+    """Every key of the schema, inner ones too, and every setting of every part."""
+    keys = [f"{section}.{key}" for section in keys_of(Recipe) for key in keys_of(Recipe, (section,))]
+    inner = [f"data.{key}.{each}" for key in ("train", "format") for each in keys_of(Recipe, ("data", key))]
+    settings = [
+        f"{key}.{part}.{setting}"
+        for key, axis in load.axes().items()
+        for part in parts.names(axis)
+        for setting, _, _ in parts.declared(axis, part)
+    ]
+    return [*keys, *inner, *settings, "compare"]
+
+
+@pytest.mark.parametrize("key", all_keys())
+def test_every_key_has_a_case(key: str) -> None:
+    assert key in {*TRAINED, *MEASURED, *ELSEWHERE}
+
+
+def test_every_case_is_of_a_key() -> None:
+    assert {*TRAINED, *MEASURED, *ELSEWHERE} == {*all_keys()}
+
+
+# ---- what is run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Name -> file or folder that values name as `${name}`."""
+    folder = tmp_path_factory.mktemp("liveness")
+    for name, kind, config in (
+        ("other", "llama", {"seed": 1}),
+        ("tied", "llama", {"tie_word_embeddings": True}),
+        ("biased", "qwen2", {}),
+    ):
+        tiny.model(kind, bos_token_id=1, **config).save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    (folder / "rows.jsonl").write_text(_lines(ROWS))
+    (folder / "others.jsonl").write_text(_lines([{**row, "question": row["question"] + "!"} for row in ROWS]))
+    (folder / "template.jinja").write_text(tiny.CHATML.replace("<|im_start|>", "<|im_start|>the "))
+    (folder / "text.txt").write_text("Once upon a time.\n\nThere was a model.\n")
+    files = {"rows": "rows.jsonl", "others": "others.jsonl", "template": "template.jinja", "text": "text.txt"}
+    return {
+        "plain": str(tiny_folder),
+        "elsewhere": str(folder / "elsewhere"),
+        **{name: str(folder / name) for name in ("other", "tied", "biased")},
+        **{name: str(folder / file) for name, file in files.items()},
+    }
+
+
+def _lines(rows: list[dict[str, str]]) -> str:
+    """With a second right answer beside the first."""
+    rows = [{**row, "answer": row["answer"], "right": [" 1", f" {row['answer']}"]} for row in rows]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class Runs:
+    """Runs of recipes, each done once."""
+
+    def __init__(self, folder: Path, places: dict[str, str]) -> None:
+        """In numbered folders below this one."""
+        self.folder, self.places = folder, places
+        self.done: dict[tuple[str, Path], Shown] = {}
+
+    def recipe(self, values: dict[str, Any]) -> Path:
+        """The recipe file of BASE with these values on top; null takes a key away."""
+        whole = {key: value for key, value in {**BASE, **values}.items() if value is not None}
+        text = as_yaml(dict(sorted(whole.items())))[0].replace("$${", "${")
+        text = re.sub(r"\$\{(\w+)\}", lambda found: self.places[found[1]], text)
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+        path.write_text(text)
+        return path
+
+    def trained(self, values: dict[str, Any]) -> Shown:
+        """What training shows."""
+        return self.once("train", self.recipe(values), self._train)
+
+    def measured(self, values: dict[str, Any]) -> Shown:
+        """What `lora eval` shows, always of the same adapter."""
+        self.trained({})
+        return self.once("eval", self.recipe(values), self._measure)
+
+    def once(self, command: str, path: Path, act: Callable[[Path], Shown]) -> Shown:
+        """What a command shows of a recipe, run where that is not known."""
+        if (command, path) not in self.done:
+            with recorded() as computed:
+                try:
+                    shown = act(path)
+                except UserError as error:
+                    shown = Shown(refused=str(error))
+            shown.computed = json.dumps(computed)
+            self.done[command, path] = shown
+        return self.done[command, path]
+
+    def _train(self, path: Path) -> Shown:
+        own = load.load(path).origin("output.dir")
+        loaded = load.load(path, output=None if own else path.with_suffix(""))
+        load.check_parts(loaded)
+        screen = quiet()
+        root = train(loaded.recipe, screen).parent
+        log = [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
+        names = sorted(str(each.relative_to(root)) for each in root.rglob("*") if "cache" not in each.parts)
+        text = screen.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        return Shown(
+            adapter=hashlib.sha256((root / "adapter/adapter_model.safetensors").read_bytes()).hexdigest(),
+            log=json.dumps([{k: v for k, v in line.items() if k not in CLOCK} for line in log]),
+            files=json.dumps([re.sub(r"tfevents.*", "tfevents", name) for name in names]),
+            folder=str(root) if own else "runs/<name>",
+            screen=re.sub(r"[\d.]+", "#", text.replace(str(root), "")),
+        )
+
+    def _measure(self, path: Path) -> Shown:
+        predictions = path.with_suffix(".jsonl")
+        run = self.recipe({}).with_suffix("")
+        report = evaluate(run, path, [], quiet(), output=predictions)
+        del report["predictions"]
+        return Shown(measured=json.dumps(report) + predictions.read_text())
+
+
+def quiet() -> Screen:
+    """A screen that is only written down."""
+    screen = Screen()
+    screen.console = Console(file=io.StringIO(), width=110, highlight=False, soft_wrap=True)
+    return screen
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """The micro-batches, the prompts answered at once, and the calls of an MLP while gradients are kept."""
+    found: list[str] = []
+    backward, generate = loop._backward, generation._generate
+
+    def noted_backward(run: Any, batch: Any, *rest: Any) -> Any:
+        found.append(f"batch {tuple(batch.input_ids.shape)}")
+        return backward(run, batch, *rest)
+
+    def noted_generate(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+        found.append(f"prompts {len(prompts)}")
+        return generate(model, tokenizer, prompts, *rest)
+
+    def noted_call(module: Any, inputs: Any) -> None:
+        if type(module).__name__.endswith("MLP") and torch.is_grad_enabled():
+            found.append("block")
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(noted_call)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_backward", noted_backward)
+        patch.setattr(generation, "_generate", noted_generate)
+        patch.setattr(save, "plot", lambda folder: None)  # slow, and the log has all of it
+        try:
+            yield found
+        finally:
+            hook.remove()
+
+
+@pytest.fixture(scope="module")
+def runs(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """Shared, so that what cases have in common is trained once."""
+    return Runs(tmp_path_factory.mktemp("runs"), places)
+
+
+# ---- the law -------------------------------------------------------------------------------------------------------
+
+
+def cases() -> list[Any]:
+    """Every case of every key."""
+    found = [(key, case) for key, several in TRAINED.items() for case in _several(several)]
+    return [pytest.param(key, case, id=f"{key}-{case.shows}") for key, case in found]
+
+
+def _several(cases: Case | tuple[Case, ...]) -> tuple[Case, ...]:
+    return cases if isinstance(cases, tuple) else (cases,)
+
+
+def written(key: str) -> str:
+    """The key under which an inner key or a setting is written."""
+    return ".".join(key.split(".")[:2])
+
+
+@pytest.mark.parametrize(("key", "case"), cases())
+def test_changing_a_key_changes_what_its_description_names(runs: Runs, key: str, case: Case) -> None:
+    before, after = runs.trained(case.given), runs.trained({**case.given, written(key): case.value})
+    check_difference(case, before, after)
+
+
+@pytest.mark.parametrize("key", MEASURED)
+def test_changing_a_key_of_eval_changes_what_is_measured(runs: Runs, key: str) -> None:
+    case = MEASURED[key]
+    before, after = runs.measured(case.given), runs.measured({**case.given, key: case.value})
+    check_difference(case, before, after)
+
+
+def check_difference(case: Case, before: Shown, after: Shown) -> None:
+    if case.shows == "refused":
+        assert "" in (before.refused, after.refused), "one of both has to be right"
+        assert re.search(case.told, before.refused + after.refused), (before.refused, after.refused)
+    else:
+        assert (before.refused, after.refused) == ("", "")
+        assert getattr(before, case.shows) != getattr(after, case.shows), getattr(after, case.shows)
+
+
+def test_the_same_recipe_shows_the_same_twice(runs: Runs, places: dict[str, str], tmp_path: Path) -> None:
+    again = Runs(tmp_path, places)
+    assert again.trained({}) == runs.trained({})
+
+
+def test_a_key_of_eval_leaves_the_other_numbers_alone(runs: Runs) -> None:
+    assert runs.measured({"eval.batch_size": 3}).measured == runs.measured({}).measured
+    assert runs.measured({"eval.samples": 1}).measured == runs.measured({}).measured
+
+
+def test_compare_plans_what_each_variant_says(runs: Runs) -> None:
+    def planned(r: int) -> list[tuple[str, int]]:
+        variants = {"compare.one": {"adapter.r": r}, "compare.two": {}}
+        found = compare.plan([runs.recipe(variants)])
+        return [(run.variant.name, run.recipe.adapter.r) for run in found.runs]
+
+    assert planned(2) == [("one", 2), ("two", 4)]
+    assert planned(3) == [("one", 3), ("two", 4)]
+    with pytest.raises(UserError, match="nothing to compare"):
+        compare.plan([runs.recipe({})])
+
+
+def test_a_revision_of_a_hub_id_is_the_one_that_is_loaded(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "models--somebody--tiny"
+    (hub / "refs").mkdir(parents=True)
+    for revision, model in (("main", places["plain"]), ("older", places["other"])):
+        commit = hashlib.sha1(revision.encode()).hexdigest()
+        shutil.copytree(model, hub / "snapshots" / commit)
+        (hub / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision, model in ((None, places["plain"]), ("older", places["other"])):
+        loaded = models.load(ModelRecipe(name="somebody/tiny", revision=revision)).model
+        assert torch.equal(loaded.lm_head.weight, models.load(ModelRecipe(name=model)).model.lm_head.weight)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="here it works")
+def test_flash_attention_is_refused_where_it_cannot_work(runs: Runs) -> None:
+    assert "flash" in runs.trained({"model.attention": "flash_attention_2"}).refused.lower()
