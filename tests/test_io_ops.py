@@ -68,8 +68,8 @@ def test_files_get_the_permissions_that_the_umask_asks_for(tmp_path):
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
-    (tmp_path / f"{io_ops.TEMPORARY}step-1-99-ab").mkdir()
-    (tmp_path / f"{io_ops.TEMPORARY}file-99-ab").touch()
+    (tmp_path / f"{io_ops.TEMPORARY}step-1-99-0123abcd").mkdir()
+    (tmp_path / f"{io_ops.TEMPORARY}file-99-0123abcd").touch()
     (tmp_path / "step-000001").mkdir()
     io_ops.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
