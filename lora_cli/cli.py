@@ -1,6 +1,7 @@
 """The commands. Bodies are a few lines; everything heavy is imported inside them, so that --help is instant."""
 
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -78,6 +79,15 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with the run in the output folder; starts it if there is none."),
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            help="With --resume: let this key of the recipe, or the files it names, be others than at the start, "
+            "such as train.epochs or data.train. Repeatable.",
+            metavar="KEY",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as the recipe says and save the adapter.
 
@@ -89,7 +99,7 @@ def train(
     check_parts(loaded)
     from lora_cli.run.train import train
 
-    train(loaded.recipe, Screen(), resume)
+    train(loaded.recipe, Screen(), resume, allow_change or [])
 
 
 @app.command()
@@ -294,6 +304,7 @@ def main() -> None:
     # a core, all of them burn their time doing that. With a short spin a training step on two cores, one of them
     # busy, takes 5.9 s instead of more than 8.5 s, and 2.8 s instead of 2.7 s to 3.0 s when both are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up and say so, as for Ctrl-C
     try:
         app()
     except UserError as error:
