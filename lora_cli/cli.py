@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 
 
+TYPERS_CTRL_C = 130
+"""What typer makes of a KeyboardInterrupt."""
 SMALLER = "take less at once: train.micro_batch_size: 1, eval.batch_size, data.max_length, or gradient_checkpointing"
 
 
@@ -310,7 +312,9 @@ def main() -> None:
     except UserError as error:
         Screen().error(str(error))
         sys.exit(error.code)
-    except KeyboardInterrupt:
+    except SystemExit as leaving:
+        if leaving.code != TYPERS_CTRL_C:
+            raise
         Screen().error("stopped")
         sys.exit(ExitCode.INTERRUPTED)
     except RuntimeError as error:

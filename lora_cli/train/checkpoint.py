@@ -140,7 +140,7 @@ def _damage_of(path: Path, expected: Any) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     try:
-        return None if _described(path) == expected else f"{path.name} is not what was written"
+        return None if _described(path) == expected else f"{path.name} is not what {MANIFEST} says"
     except OSError as error:
         return f"{path.name} cannot be read ({error})"
 
