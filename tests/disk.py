@@ -98,9 +98,11 @@ def _opened(handle: int) -> Path:
 
 
 def _does_nothing(name: str, full: str) -> bool:
-    """What there is cannot be made, what is not there cannot be removed."""
+    """What there is, or is in nothing, cannot be made; what is not there cannot be removed."""
     there = os.path.lexists(full)
-    return (name == "mkdir" and there) or (name in ("unlink", "rmdir") and not there)
+    return (name == "mkdir" and (there or not Path(full).parent.exists())) or (
+        name in ("unlink", "rmdir") and not there
+    )
 
 
 class Watched(io.FileIO):

@@ -93,7 +93,7 @@ def test_a_line_is_added_whole_or_not_at_all(tmp_path):
 
 
 def test_a_full_disk_in_another_librarys_words_is_a_message(tmp_path):
-    """safetensors writes files itself, and its errors are no OSError."""
+    """The library safetensors writes files itself, and its errors are no OSError."""
     refused = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(UserError, match="No space left") as caught, io_ops.new_folder(tmp_path / "made"):
         raise refused
