@@ -13,7 +13,6 @@ import resource
 import signal as signals
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,17 +74,18 @@ def main() -> None:
 
 
 def _answer(arguments: list[str], after: float | None, signal: int, file_bytes: int | None) -> dict[str, Any]:
-    with tempfile.TemporaryFile() as said:
-        began = time.perf_counter()
-        signals.pthread_sigmask(signals.SIG_BLOCK, ASKING)
-        child = os.fork()
-        if child == 0:
-            _become(arguments, said.fileno(), file_bytes)
-        signals.pthread_sigmask(signals.SIG_UNBLOCK, ASKING)
-        code = _wait(child, after, signal)
-        seconds = time.perf_counter() - began
-        said.seek(0)
-        return {"code": code, "seconds": seconds, "said": said.read().decode()}
+    began = time.perf_counter()
+    said, heard = os.pipe()
+    signals.pthread_sigmask(signals.SIG_BLOCK, ASKING)
+    child = os.fork()
+    if child == 0:
+        _become(arguments, heard, file_bytes)
+    signals.pthread_sigmask(signals.SIG_UNBLOCK, ASKING)
+    os.close(heard)
+    code = _wait(child, after, signal)
+    seconds = time.perf_counter() - began
+    with os.fdopen(said, encoding="utf-8") as text:
+        return {"code": code, "seconds": seconds, "said": text.read()}
 
 
 def _wait(child: int, after: float | None, number: int) -> int:

@@ -1,4 +1,7 @@
-"""The run folder: adapter/, checkpoints/, recipe.yaml, log.jsonl, loss.png. One process at a time may write in it."""
+"""The run folder: adapter/, checkpoints/, recipe.yaml, origin.json, log.jsonl, loss.png.
+
+One process at a time may write in it.
+"""
 
 import json
 import os
