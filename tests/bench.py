@@ -7,9 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_cli import io_ops
+from lora_cli.recipe.dump import to_yaml
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run.folder import RunFolder
 from lora_cli.run.train import train
@@ -65,7 +64,7 @@ class Bench:
     def file(self, recipe: Recipe) -> Path:
         """The recipe on disk, for the command line."""
         path = root_of(recipe).with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
+        path.write_text(to_yaml(recipe))
         return path
 
 

@@ -53,7 +53,7 @@ class Disk:
     def _inside(self, path: Any, dir_fd: int | None) -> str | None:
         if isinstance(path, int):
             path = _opened(path)
-        full = (Path.cwd() if dir_fd is None else _opened(dir_fd)) / path
+        full = (Path.cwd() if dir_fd is None else _opened(dir_fd)) / os.fsdecode(path)
         return str(full) if full.is_relative_to(self.root) else None
 
     def _note(self, operation: Operation) -> None:
