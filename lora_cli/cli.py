@@ -1,6 +1,7 @@
 """The commands. Bodies are a few lines; everything heavy is imported inside them, so that --help is instant."""
 
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 
 
+TYPERS_CTRL_C = 130
+"""What typer makes of a KeyboardInterrupt."""
 SMALLER = "take less at once: train.micro_batch_size: 1, eval.batch_size, data.max_length, or gradient_checkpointing"
 
 
@@ -78,6 +81,15 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with the run in the output folder; starts it if there is none."),
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            help="With --resume: let this key of the recipe, or the files it names, be others than at the start, "
+            "such as train.epochs or data.train. Repeatable.",
+            metavar="KEY",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as the recipe says and save the adapter.
 
@@ -89,7 +101,7 @@ def train(
     check_parts(loaded)
     from lora_cli.run.train import train
 
-    train(loaded.recipe, Screen(), resume)
+    train(loaded.recipe, Screen(), resume, allow_change or [])
 
 
 @app.command()
@@ -294,12 +306,15 @@ def main() -> None:
     # a core, all of them burn their time doing that. With a short spin a training step on two cores, one of them
     # busy, takes 5.9 s instead of more than 8.5 s, and 2.8 s instead of 2.7 s to 3.0 s when both are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up and say so, as for Ctrl-C
     try:
         app()
     except UserError as error:
         Screen().error(str(error))
         sys.exit(error.code)
-    except KeyboardInterrupt:
+    except SystemExit as leaving:
+        if leaving.code != TYPERS_CTRL_C:
+            raise
         Screen().error("stopped")
         sys.exit(ExitCode.INTERRUPTED)
     except RuntimeError as error:

@@ -6,10 +6,13 @@ thing or the new one, and at most a `.tmp-` leftover that the next start removes
 """
 
 import errno
+import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any
 from lora_cli.errors import ExitCode, UserError
 
 TEMPORARY = ".tmp-"
+LEFTOVER = re.compile(r"\.tmp-.+-\d+-[0-9a-f]{8}")
+"""The names that `_temporary_name` makes; what others call `.tmp-` is theirs."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,10 +33,12 @@ def new_folder(target: Path) -> Generator[Path]:
     Raises:
         UserError: `target` exists, or the disk refuses.
     """
-    if target.exists() or target.is_symlink():
-        raise UserError("already exists", where=str(target), fix="name another folder", code=ExitCode.DISK)
     with _disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(target):
+            raise UserError(
+                "already exists", where=str(target), fix="name another folder", code=ExitCode.DISK
+            )
+        _make(target.parent)
         temporary = _temporary_name(target)
         temporary.mkdir()
     try:
@@ -52,24 +59,54 @@ def new_folder(target: Path) -> Generator[Path]:
 def make_folder(path: Path) -> None:
     """Make a folder and those above it; nothing happens when it is there."""
     with _disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        _make(path)
 
 
-def replace_folder(target: Path, source: Path) -> None:
-    """Put the complete folder `source` in the place of `target`, which may exist; `source` is gone afterwards."""
-    with _disk_errors(target):
-        old = _temporary_name(target)
-        if target.exists():
-            target.rename(old)
-        source.rename(target)
-        _flush(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+def check_writable(folder: Path) -> None:
+    """Try out whether something can be made in a folder that exists.
+
+    Raises:
+        UserError: nothing can.
+    """
+    with _disk_errors(folder):
+        probe = _temporary_name(folder / "probe")
+        probe.mkdir()
+        probe.rmdir()
+
+
+@contextmanager
+def held(lock: Path) -> Generator[None]:
+    """Hold a file for this process; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it, which is named, or it cannot be written.
+    """
+    with _disk_errors(lock):
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        with _disk_errors(lock):
+            _lock(handle, lock.parent)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(handle, 200, 0).decode("utf-8", errors="replace").strip()
+        what = f"another run is writing here ({holder})" if holder else "another run is writing here"
+        fix = "wait for it, or name another folder with --output"
+        raise UserError(what, where=str(folder), fix=fix, code=ExitCode.LOCKED) from error
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def write_bytes(target: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     with _disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make(target.parent)
         temporary = _temporary_name(target)
         try:
             temporary.write_bytes(content)
@@ -108,9 +145,23 @@ def appending(target: Path) -> Generator[Callable[[bytes], None]]:
 
 
 def append_line(target: Path, line: str) -> None:
-    """Add one line to a log. A crash can lose or cut the last lines, never an earlier one."""
-    with _disk_errors(target), target.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    """Add one line to a log; a refused one leaves nothing. A crash can lose or cut the last lines, never others."""
+    with _disk_errors(target), target.open("ab", buffering=0) as file:
+        size = file.tell()
+        left = memoryview(f"{line}\n".encode())
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def flush(target: Path) -> None:
+    """Force a file that was appended to, and its name, to the disk."""
+    with _disk_errors(target):
+        _flush(target)
+        _flush(target.parent)
 
 
 def remove(path: Path) -> None:
@@ -118,6 +169,7 @@ def remove(path: Path) -> None:
     with _disk_errors(path):
         going = _temporary_name(path)
         path.rename(going)
+        _flush(path.parent)
         if going.is_dir():
             shutil.rmtree(going)
         else:
@@ -126,8 +178,18 @@ def remove(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left under temporary names."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with _disk_errors(folder):
+        for path in folder.glob(f"{TEMPORARY}*"):
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it; what is put in it later is only as durable as its name."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        _flush(each.parent)
 
 
 def _temporary_name(target: Path) -> Path:
@@ -155,13 +217,25 @@ def _disk_errors(target: Path, only: tuple[int, ...] | None = None) -> Generator
     """Turn errors of the system into messages; of all kinds, or only those with these numbers."""
     try:
         yield
-    except OSError as error:
-        if only is not None and error.errno not in only:
+    except Exception as error:
+        number = _number(error)
+        if number is None or (only is not None and number not in only):
             raise
-        full = error.errno in FULL
+        full = number in FULL
         fix = (
             "free some space and run the same command again" if full else "check the path and its permissions"
         )
         raise UserError(
-            f"cannot write ({error.strerror or error})", where=str(target), fix=fix, code=ExitCode.DISK
+            f"cannot write ({os.strerror(number) if number else error})",
+            where=str(target),
+            fix=fix,
+            code=ExitCode.DISK,
         ) from error
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error; safetensors' own kind of error has it in its text only. None: not the disk's."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None

@@ -1,5 +1,6 @@
 """Recipe.model -> the model and its tokenizer. Everything about transformers' models that others need to know."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from lora_cli.adapter.plan import Ends
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import ModelRecipe
 
+READ = (
+    "*.safetensors", "*.bin", "*.model", "*.jinja", "config.json", "token*", "vocab*", "merges*", "*tokens*.json"
+)  # fmt: skip
+"""Files in a model's folder that decide what it and its tokenizer are."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +70,27 @@ def with_tokens(model: PreTrainedModel, tokenizer: Any, recipe: ModelRecipe) -> 
         _untie(model)
     new_rows = _grow(model, tokenizer, recipe.add_tokens)
     return LanguageModel(model, tokenizer, ends_of(model), new_rows)
+
+
+def fingerprint(recipe: ModelRecipe) -> dict[str, str]:
+    """File -> hash of all that model and tokenizer are read from; of a model on the Hub its commit."""
+    config, folder = _config(recipe), Path(recipe.name)
+    if not folder.is_dir():
+        return {recipe.name: str(config._commit_hash)}
+    files = {path for pattern in READ for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: _sampled(path) for path in sorted(files)}
+
+
+def _sampled(path: Path) -> str:
+    """Hash of a file's size and 64 blocks spread over it: other weights differ everywhere, and reading all is slow."""
+    size, block = path.stat().st_size, 1 << 16
+    starts = range(0, size, block) if size <= 64 * block else [(size - block) * i // 63 for i in range(64)]
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            found.update(file.read(block))
+    return found.hexdigest()
 
 
 def load_tokenizer(recipe: ModelRecipe) -> Any:

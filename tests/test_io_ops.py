@@ -1,6 +1,7 @@
 """What is written appears whole or not at all."""
 
 import os
+import random
 import stat
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from lora_cli import io_ops
 from lora_cli.errors import ExitCode, UserError
+from tests.disk import Disk, Tree, full_disk
 
 
 def test_a_folder_appears_only_when_the_block_ends_well(tmp_path):
@@ -68,8 +70,64 @@ def test_files_get_the_permissions_that_the_umask_asks_for(tmp_path):
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
-    (tmp_path / f"{io_ops.TEMPORARY}step-1-99-ab").mkdir()
-    (tmp_path / f"{io_ops.TEMPORARY}file-99-ab").touch()
+    (tmp_path / f"{io_ops.TEMPORARY}step-1-99-0123abcd").mkdir()
+    (tmp_path / f"{io_ops.TEMPORARY}file-99-0123abcd").touch()
+    (tmp_path / f"{io_ops.TEMPORARY}of-somebody-else").mkdir()
     (tmp_path / "step-000001").mkdir()
     io_ops.remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f"{io_ops.TEMPORARY}of-somebody-else", "step-000001"]
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+    log = tmp_path / "log"
+    io_ops.append_line(log, "first")
+    with (
+        Disk(tmp_path, before=full_disk(0)).watched(),
+        pytest.raises(UserError, match="No space left") as caught,
+    ):
+        io_ops.append_line(log, "refused")
+    assert caught.value.code is ExitCode.DISK
+    io_ops.append_line(log, "second")
+    assert log.read_text() == "first\nsecond\n"
+
+
+def test_a_full_disk_in_another_librarys_words_is_a_message(tmp_path):
+    """The library safetensors writes files itself, and its errors are no OSError."""
+    refused = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(UserError, match="No space left") as caught, io_ops.new_folder(tmp_path / "made"):
+        raise refused
+    assert caught.value.code is ExitCode.DISK
+    other = Exception("Error while serializing: (os error 5)")
+    with pytest.raises(Exception, match="os error 5") as unchanged, io_ops.new_folder(tmp_path / "made"):
+        raise other
+    assert unchanged.value is other
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_a_power_loss_what_was_made_is_whole_and_what_was_removed_is_gone_whole(tmp_path):
+    """Each call, once it has returned, is durable, with all the folders above it."""
+    root = tmp_path / "root"
+    root.mkdir()
+    disk, made = Disk(root), {}
+    with disk.watched():
+        io_ops.write_text(root / "a" / "b" / "text", "written")
+        made["a/b/text"] = len(disk.log)
+        with io_ops.new_folder(root / "c" / "d") as folder:
+            (folder / "e").mkdir()
+            (folder / "e" / "file").write_bytes(b"1234")
+        made["c/d/e/file"] = len(disk.log)
+        io_ops.remove(root / "c" / "d")
+    gone = len(disk.log)
+    for state in range(300):
+        number, tree = random.randint(0, gone), Tree(root)
+        for operation in disk.log[:number]:
+            tree.do(operation)
+        left = tmp_path / str(state)
+        tree.write_crashed(left, random.Random(random.getrandbits(32)))
+        assert (left / "a/b/text").exists() or number < made["a/b/text"]
+        assert (left / "c/d").exists() == (left / "c/d/e/file").exists()
+        assert (left / "c/d").exists() or not made["c/d/e/file"] <= number <= made["c/d/e/file"]
+        assert not (left / "c/d").exists() or number < gone
+        for name, content in (("a/b/text", b"written"), ("c/d/e/file", b"1234")):
+            assert not (left / name).exists() or (left / name).read_bytes() == content

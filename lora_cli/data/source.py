@@ -9,6 +9,7 @@ the data files in it, in the order of their names.
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from lora_cli import parts
@@ -37,15 +38,15 @@ def read_rows(sources: tuple[WeightedSource, ...], split: str) -> Iterator[tuple
             yield index, row
 
 
-def fingerprint(sources: tuple[WeightedSource, ...], split: str) -> list[list[str]]:
+def fingerprint(sources: tuple[WeightedSource, ...], split: str) -> list[tuple[str, str]]:
     """Name and content hash of everything `read_rows` would read, in its order."""
-    found: list[list[str]] = []
+    found: list[tuple[str, str]] = []
     for source in sources:
         files = _files(source, split)
         if files is None:
-            found.append([source.path, Hub(source, split).fingerprint()])
+            found.append((source.path, Hub(source, split).fingerprint()))
         else:
-            found.extend([str(path), _sha256(path)] for path in files)
+            found.extend((str(path), _sha256(path)) for path in files)
     return found
 
 
@@ -133,5 +134,13 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    with reading(path), path.open("rb") as file:
+    with reading(path):
+        stat = path.stat()
+        return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    """Several ask for the hash of one large file; one of another size or time is another file."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,12 @@
-"""The run folder: adapter/, checkpoints/, recipe.yaml, log.jsonl, loss.png. One process at a time may write in it."""
+"""The run folder: adapter/, checkpoints/, recipe.yaml, origin.json, log.jsonl, loss.png.
 
-import fcntl
+One process at a time may write in it.
+"""
+
 import json
+import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +25,23 @@ class RunFolder:
         self.recipe = root / "recipe.yaml"
         self.log = root / "log.jsonl"
         self.plot = root / "loss.png"
+        self.cache = root / "cache"
+        self.origin = root / "origin.json"
+        self.waiting = ""
+        """Log lines that the disk refused so far."""
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """Make the folder and hold it for this process; the kernel lets go when the process ends, however it ends.
+        """Make the folder and hold it for this process.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or nothing can be written in it.
         """
         io_ops.make_folder(self.root)
-        with (self.root / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                fix = "wait for it, or name another folder with --output"
-                what = "another run is writing here"
-                raise UserError(what, where=str(self.root), fix=fix, code=ExitCode.LOCKED) from error
-            io_ops.remove_leftovers(self.root)
-            io_ops.remove_leftovers(self.checkpoints)
+        with io_ops.held(self.root / ".lock"):
+            io_ops.check_writable(self.root)
+            for folder in (self.root, self.checkpoints, self.cache):
+                io_ops.remove_leftovers(folder)
             yield
 
     def check_new(self) -> None:
@@ -48,25 +50,42 @@ class RunFolder:
         Raises:
             UserError: it does.
         """
-        if self.recipe.exists() or self.adapter.exists():
+        if os.path.lexists(self.recipe) or os.path.lexists(self.adapter):
             fix = "--resume goes on with it, --output names another folder"
             raise UserError("holds a run already", where=str(self.root), fix=fix, code=ExitCode.LOCKED)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line to the log."""
-        io_ops.append_line(self.log, json.dumps(line))
+        """Add a line to the log. A full disk does not stop the run: the line waits, and `flush_log` says so."""
+        self.waiting += json.dumps(line) + "\n"
+        with suppress(UserError):
+            self._write_waiting()
 
-    def cut_log(self, step: int) -> None:
-        """Forget what was logged after `step`, which is done again."""
-        kept = [line for line in self.lines() if line["step"] <= step]
+    def flush_log(self) -> None:
+        """Force what was logged to the disk: a checkpoint is worth no more than the log that belongs to it.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        self._write_waiting()
+        if self.log.exists():
+            io_ops.flush(self.log)
+
+    def _write_waiting(self) -> None:
+        if self.waiting:
+            io_ops.append_line(self.log, self.waiting.removesuffix("\n"))
+            self.waiting = ""
+
+    def cut_log(self, step: int, evaluated: int) -> None:
+        """Forget the steps after `step` and the evaluations after step `evaluated`, which are done again."""
+        kept = [line for line in self.lines() if line["step"] <= (evaluated if "eval_loss" in line else step)]
         io_ops.write_text(self.log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def lines(self) -> list[dict[str, Any]]:
-        """The log; a last line cut by a crash is left out."""
+        """The log; what a crash made of its last lines is left out."""
         if not self.log.exists():
             return []
         found: list[dict[str, Any]] = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
+        for line in self.log.read_bytes().splitlines():
             try:
                 found.append(json.loads(line))
             except ValueError:

@@ -1,12 +1,18 @@
 """Ctrl-C and SIGTERM stop long work at the next good moment."""
 
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from lora_cli.errors import ExitCode, UserError
+
+T = TypeVar("T")
+
+
+class BrokenOff(KeyboardInterrupt):
+    """Raised inside `Stop.unless_asked` only."""
 
 
 class Stop:
@@ -14,23 +20,35 @@ class Stop:
 
     def __init__(self) -> None:
         """Nobody has asked."""
-        self.asked = False
+        self.asked = self.breaks = False
 
     def ask(self, number: int, frame: Any) -> None:
         """Signal handler."""
         if self.asked:
             raise SystemExit(ExitCode.INTERRUPTED)
         self.asked = True
+        if self.breaks:
+            raise BrokenOff
 
-    def leave(self, step: int, total: int, folder: Path) -> None:
-        """Leave, once everything is saved, if somebody has asked."""
-        if self.asked and step < total:
-            raise UserError(
-                f"stopped after step {step} of {total}; everything is saved",
-                where=str(folder),
-                fix="the same command with --resume goes on",
-                code=ExitCode.INTERRUPTED,
-            )
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        """Do what can be done again later; the first signal breaks it off without an error, and there is no result."""
+        try:
+            try:
+                self.breaks = True
+                return None if self.asked else work()
+            finally:
+                self.breaks = False
+        except BrokenOff:
+            return None
+
+    def leave(self, step: int, total: int, folder: Path) -> NoReturn:
+        """Leave, once everything is saved."""
+        raise UserError(
+            f"stopped after step {step} of {total}; everything is saved",
+            where=str(folder),
+            fix="the same command with --resume goes on",
+            code=ExitCode.INTERRUPTED,
+        )
 
 
 @contextmanager

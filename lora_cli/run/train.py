@@ -1,6 +1,7 @@
 """`lora train`: fine-tune as the recipe says and save the adapter. Read `train` first; the rest are its details."""
 
 import dataclasses
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +12,26 @@ from lora_cli import io_ops
 from lora_cli import model as models
 from lora_cli.data.load import Datasets
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.evaluate.loss import held_out_loss
+from lora_cli.evaluate.loss import HeldOutLoss, held_out_loss
 from lora_cli.model import LanguageModel
-from lora_cli.recipe.dump import to_yaml
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import prepare, save
+from lora_cli.run import origin, prepare, save
 from lora_cli.run.folder import RunFolder
-from lora_cli.run.stop import stop_signals
+from lora_cli.run.stop import Stop, stop_signals
 from lora_cli.run.trackers import Trackers
 from lora_cli.screen import Screen, duration, size
 from lora_cli.train import checkpoint
 from lora_cli.train.loop import StepReport, Training, token_budget, train_steps
 
 
-def train(recipe: Recipe, screen: Screen, resume: bool = False) -> Path:
+def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collection[str] = ()) -> Path:
     """Fine-tune as the recipe says; return the folder that holds the adapter.
+
+    Args:
+        recipe: what to do, checked.
+        screen: told how it goes.
+        resume: go on with the run in the output folder, if there is one.
+        allowed: keys of the recipe whose value, or the files they name, may be others than the run was started with.
 
     Raises:
         UserError: anything the user can mend; whatever was finished before stays on disk.
@@ -35,13 +41,17 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False) -> Path:
     if not resume:
         folder.check_new()
     with folder.held():
-        if resume and _is_finished(folder, recipe, screen):
+        if _is_finished(folder, recipe, screen, allowed):
             return folder.adapter
+        io_ops.make_folder(folder.checkpoints)
+        io_ops.check_writable(folder.checkpoints)
+        held = origin.contents(recipe)
+        origin.check_contents(folder, held, allowed)
         accelerator = Accelerator()
         language = models.load(recipe.model, accelerator.device)
         datasets = prepare.load_data(recipe, language.tokenizer, prepare.cache_folder(folder.root))
         run = prepare.training(recipe, language, datasets, accelerator)
-        io_ops.write_text(folder.recipe, to_yaml(recipe))
+        origin.write(folder, recipe, held)
         story = Story(recipe, screen, folder, language, datasets, run, Progress())
         if resume:
             story.go_on()
@@ -57,6 +67,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int = 0
     worse_in_a_row: int = 0
+    evaluated: int = 0
+    """Step of the last evaluation."""
 
 
 @dataclass
@@ -82,7 +94,7 @@ class Story:
         if path is not None:
             self.progress = Progress(**checkpoint.restore(path, self.run))
             self.screen.note(f"going on after step {self.run.step}")
-        self.folder.cut_log(self.run.step)
+        self.folder.cut_log(self.run.step, self.progress.evaluated)
 
     def announce(self) -> None:
         """Say what is about to happen."""
@@ -106,7 +118,9 @@ class Story:
         train, run = self.recipe.train, self.run
         trackers = Trackers(run.accelerator, self.recipe, self.folder)
         with self.screen.steps(run.total_steps, run.step, train.log_steps) as shown, stop_signals() as stop:
-            for report in train_steps(run):
+            if run.step > 0 and self.lacks_evaluation():  # stopped in the middle of it
+                self.evaluate(trackers, stop)
+            for report in self.left_to_do():
                 shown.show(report)
                 if report.out_of_memory:
                     self.screen.warn(
@@ -114,27 +128,55 @@ class Story:
                     )
                 self.folder.append(dataclasses.asdict(report))
                 trackers.log(report, train.log_steps)
-                improved = self.is_due(train.eval_steps, report) and self.evaluate(report, trackers)
-                if improved or self.is_due(train.save_steps, report) or stop.asked:
+                improved = self.lacks_evaluation() and self.evaluate(trackers, stop)
+                if stop.asked or (improved and train.early_stopping_patience):
                     self.save_checkpoint()
-                stop.leave(run.step, run.total_steps, self.folder.root)
+                elif improved or self.is_due(train.save_steps):
+                    self.try_checkpoint()
+                if stop.asked and (run.step < run.total_steps or self.lacks_evaluation()):
+                    stop.leave(run.step, run.total_steps, self.folder.root)
                 if self.is_enough():
                     self.screen.note(f"no better eval loss for {self.progress.worse_in_a_row} evaluations")
                     break
         trackers.end()
 
-    def is_due(self, every: int | None, report: StepReport) -> bool:
+    def left_to_do(self) -> Iterator[StepReport]:
+        """The steps to the end; none when early stopping said so just before the run was killed."""
+        return iter(()) if self.is_enough() else train_steps(self.run)
+
+    def is_due(self, every: int | None) -> bool:
         """Every so many steps; by default at the end of each epoch; always at the end of the run."""
         every = every or self.run.steps_per_epoch
-        return report.step % every == 0 or report.step == self.run.total_steps
+        return self.run.step % every == 0 or self.run.step == self.run.total_steps
 
-    def evaluate(self, report: StepReport, trackers: Trackers) -> bool:
-        """Measure the loss on the held-out rows; True when it is the best so far."""
-        if self.datasets.eval is None:
+    def lacks_evaluation(self) -> bool:
+        """Whether the held-out rows are to be measured after this step, and were not yet."""
+        wanted = self.datasets.eval is not None and self.is_due(self.recipe.train.eval_steps)
+        return wanted and self.progress.evaluated != self.run.step
+
+    def evaluate(self, trackers: Trackers, stop: Stop) -> bool:
+        """Measure the loss on the held-out rows, unless somebody asks to stop; True when it is the best so far."""
+        found = stop.unless_asked(self.held_out_loss)
+        if found is None:
             return False
+        step, best = self.run.step, self.progress.best_loss
+        self.folder.append({"step": step, "epoch": step / self.run.steps_per_epoch, "eval_loss": found.loss})
+        trackers.log_values({"eval_loss": found.loss}, step)
+        improved = best is None or found.loss < best
+        self.screen.note(f"step {step}  eval loss {found.loss:.4f}{'  (best)' if improved else ''}")
+        if improved:
+            self.progress = Progress(found.loss, step, 0, step)
+        else:
+            self.progress.worse_in_a_row, self.progress.evaluated = self.progress.worse_in_a_row + 1, step
+        stop.unless_asked(self.show_samples)
+        return improved
+
+    def held_out_loss(self) -> HeldOutLoss:
+        """On the rows that are not learned from."""
+        assert self.datasets.eval is not None
         device = self.run.accelerator.device
         with self.run.computing():
-            found = held_out_loss(
+            return held_out_loss(
                 self.run.model,
                 self.datasets.eval,
                 device=device,
@@ -142,18 +184,6 @@ class Story:
                 pad_id=self.run.pad_id,
                 rows=self.recipe.eval.max_rows,
             )
-        line = {"step": report.step, "epoch": report.epoch, "eval_loss": found.loss}
-        self.folder.append(line)
-        trackers.log_values({"eval_loss": found.loss}, report.step)
-        best = self.progress.best_loss
-        improved = best is None or found.loss < best
-        self.screen.note(f"step {report.step}  eval loss {found.loss:.4f}{'  (best)' if improved else ''}")
-        self.show_samples()
-        if improved:
-            self.progress = Progress(found.loss, report.step, 0)
-        else:
-            self.progress.worse_in_a_row += 1
-        return improved
 
     def show_samples(self) -> None:
         """Generate a few answers, so that a person sees what the numbers mean."""
@@ -165,20 +195,39 @@ class Story:
         patience = self.recipe.train.early_stopping_patience
         return patience is not None and self.progress.worse_in_a_row >= patience
 
+    def try_checkpoint(self) -> None:
+        """Write a checkpoint; a full disk does not stop the run, because the next one makes up for it."""
+        try:
+            self.save_checkpoint()
+        except UserError as error:
+            if error.code is not ExitCode.DISK:
+                raise
+            self.screen.warn(f"step {self.run.step} is not saved, training goes on: {error}")
+
     def save_checkpoint(self) -> None:
-        """Write a checkpoint, then remove old ones."""
+        """Write a checkpoint and the log that belongs to it, then remove old ones.
+
+        Raises:
+            UserError: the disk refuses; the checkpoints before are untouched.
+        """
+        self.folder.flush_log()
         checkpoint.save(self.folder.checkpoints, self.run, dataclasses.asdict(self.progress))
         best = f"step-{self.progress.best_step:06d}"
         checkpoint.rotate(self.folder.checkpoints, self.recipe.train.keep_checkpoints, best)
 
     def finish(self) -> Path:
-        """Save the adapter, with early stopping the best one; prove that it can be read back; draw the loss."""
+        """Draw the loss; save the adapter, with early stopping the best one, and prove that it can be read back."""
         if self.recipe.train.early_stopping_patience and self.progress.best_step not in (0, self.run.step):
             best = self.folder.checkpoints / f"step-{self.progress.best_step:06d}"
             checkpoint.restore(best, self.run)
             self.screen.note(f"keeping the adapter of step {self.progress.best_step}, the best one")
-        save.adapter(self.folder, self.run, self.recipe, self.language)
-        save.plot(self.folder)
+        try:
+            save.plot(self.folder)
+        except UserError as error:
+            self.screen.warn(str(error))
+        save.adapter(
+            self.folder, self.run, self.recipe, self.language
+        )  # the last: where it is, nothing is left to do
         seconds = sum(line.get("seconds", 0.0) for line in self.folder.lines())
         self.screen.note(
             f"trained {self.run.step:,} steps in {duration(seconds)}; adapter in {self.folder.adapter}"
@@ -186,14 +235,10 @@ class Story:
         return self.folder.adapter
 
 
-def _is_finished(folder: RunFolder, recipe: Recipe, screen: Screen) -> bool:
+def _is_finished(folder: RunFolder, recipe: Recipe, screen: Screen, allowed: Collection[str]) -> bool:
     """Whether there is nothing left to do; refuses to go on with another recipe than the run was started with."""
-    if folder.recipe.exists() and folder.recipe.read_text(encoding="utf-8") != to_yaml(recipe):
-        fix = f"go on with the recipe of the run, {folder.recipe}, or start anew with --output"
-        raise UserError(
-            "the run here has another recipe", where=str(folder.root), fix=fix, code=ExitCode.LOCKED
-        )
-    if folder.adapter.exists():
+    finished = folder.adapter.exists()
+    origin.check_recipe(folder, recipe, () if finished else allowed)
+    if finished:
         screen.note(f"already finished: {folder.adapter}")
-        return True
-    return False
+    return finished

@@ -5,28 +5,38 @@ checkpoints/step-000100/adapter.safetensors, optimizer.safetensors, lifecycle.sa
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lora_cli import io_ops
 from lora_cli.adapter.inject import tensors_of
-from lora_cli.errors import UserError
+from lora_cli.errors import ExitCode, UserError
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
 
 MANIFEST = "MANIFEST.json"
+ADAPTER, OPTIMIZER, LIFECYCLE = "adapter.safetensors", "optimizer.safetensors", "lifecycle.safetensors"
+STATE = "state.json"
+FILES = {ADAPTER, OPTIMIZER, LIFECYCLE, STATE}
+NAME = re.compile(r"step-(\d+)")
 
 
 def save(folder: Path, run: Training, progress: dict[str, Any]) -> Path:
-    """Write `folder`/step-NNNNNN and return it. `progress` is what the caller has to remember (best loss ...)."""
+    """Write `folder`/step-NNNNNN and return it. `progress` is what the caller has to remember (best loss ...).
+
+    What stands there is left as it is when it is good, and replaced when it is damaged.
+    """
     target = folder / f"step-{run.step:06d}"
     if target.exists():
-        return target
+        if damage(target) is None:
+            return target
+        io_ops.remove(target)
     state = {
         "step": run.step,
         "scaler": run.scaler.state_dict(),
@@ -37,12 +47,10 @@ def save(folder: Path, run: Training, progress: dict[str, Any]) -> Path:
         "progress": progress,
     }
     with io_ops.new_folder(target) as made:
-        _save_tensors(made / "adapter.safetensors", tensors_of(run.adapter))
-        _save_tensors(
-            made / "optimizer.safetensors", optim.named_state(run.optimizer, run.adapter.trainable())
-        )
-        _save_tensors(made / "lifecycle.safetensors", _lifecycle_state(run) | _absorbed(run))
-        io_ops.write_json(made / "state.json", state)
+        _save_tensors(made / ADAPTER, tensors_of(run.adapter))
+        _save_tensors(made / OPTIMIZER, optim.named_state(run.optimizer, run.adapter.trainable()))
+        _save_tensors(made / LIFECYCLE, _lifecycle_state(run) | _absorbed(run))
+        io_ops.write_json(made / STATE, state)
         io_ops.write_json(made / MANIFEST, {path.name: _described(path) for path in sorted(made.iterdir())})
     return target
 
@@ -51,21 +59,22 @@ def restore(folder: Path, run: Training) -> dict[str, Any]:
     """Put `run` in the state that was saved in `folder`; returns the caller's progress.
 
     Raises:
-        UserError: the folder is damaged.
+        UserError: the folder is damaged, or is that of another adapter.
     """
     problem = damage(folder)
     if problem:
-        raise UserError(problem, where=str(folder))
-    tensors, named = load_file(folder / "adapter.safetensors"), run.adapter.named_tensors()
-    if tensors.keys() != named.keys():
-        raise UserError("holds the tensors of another adapter", where=str(folder))
+        raise UserError(problem, where=str(folder), code=ExitCode.NO_CHECKPOINT)
+    tensors, named = load_file(folder / ADAPTER), run.adapter.named_tensors()
+    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in named.items()}:
+        what = "holds the tensors of another adapter"
+        raise UserError(what, where=str(folder), fix="start anew with --output", code=ExitCode.NO_CHECKPOINT)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[name])
-    optim.restore_state(run.optimizer, run.adapter.trainable(), load_file(folder / "optimizer.safetensors"))
-    _restore_lifecycle(run, load_file(folder / "lifecycle.safetensors"))
-    _restore_absorbed(run, load_file(folder / "lifecycle.safetensors"))
-    state = json.loads((folder / "state.json").read_text())
+    optim.restore_state(run.optimizer, run.adapter.trainable(), load_file(folder / OPTIMIZER))
+    _restore_lifecycle(run, load_file(folder / LIFECYCLE))
+    _restore_absorbed(run, load_file(folder / LIFECYCLE))
+    state = json.loads((folder / STATE).read_text())
     run.step, run.skipped = state["step"], state["skipped"]
     run.max_tokens, run.max_rows = state["max_tokens"], state["max_rows"]
     run.connected = torch.tensor(state["connected"])
@@ -121,15 +130,28 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file has the size and sha256 of its manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, expected in manifest.items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if _described(folder / name) != expected:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or manifest.keys() != FILES:
+            return f"{MANIFEST} is not what was written"
+    except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    return None
+    wrong = (_damage_of(folder / name, expected) for name, expected in manifest.items())
+    return next((each for each in wrong if each), None) or _misnamed(folder)
+
+
+def _damage_of(path: Path, expected: Any) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    try:
+        return None if _described(path) == expected else f"{path.name} is not what {MANIFEST} says"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error})"
+
+
+def _misnamed(folder: Path) -> str | None:
+    """A whole checkpoint under the name of another one would set the clock wrong."""
+    step = json.loads((folder / STATE).read_text(encoding="utf-8"))["step"]
+    return None if folder.name == f"step-{step:06d}" else f"{STATE} is that of step {step}"
 
 
 def rotate(folder: Path, keep: int, best: str | None) -> None:
@@ -144,11 +166,12 @@ def rotate(folder: Path, keep: int, best: str | None) -> None:
 
 def _all(folder: Path) -> list[Path]:
     """Oldest first, by number: as text, step-1000000 would come before step-999999."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    named = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    io_ops.write_bytes(path, to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def _described(path: Path) -> dict[str, Any]:
