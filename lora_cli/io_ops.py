@@ -109,8 +109,41 @@ def appending(target: Path) -> Generator[Callable[[bytes], None]]:
 
 def append_line(target: Path, line: str) -> None:
     """Add one line to a log. A crash can lose or cut the last lines, never an earlier one."""
-    with _disk_errors(target), target.open("a", encoding="utf-8") as file:
+    with _disk_errors(target), target.open("a", encoding="utf-8", opener=_no_link) as file:
         file.write(line + "\n")
+
+
+def refuse_strange(folder: Path) -> None:
+    """Refuse a folder that is a link, or holds one: what is written under its name would land elsewhere.
+
+    Pipes and devices are refused as well: opening one may never end.
+
+    Raises:
+        UserError: naming it.
+    """
+    with _disk_errors(folder):
+        for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+            if path.is_symlink():
+                fix = "name the folder that it leads to, or take it away"
+                what = f"is a link, to {path.readlink()}, and would be written through"
+                raise UserError(what, where=str(path), fix=fix, code=ExitCode.DISK)
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError("is neither a file nor a folder", where=str(path), code=ExitCode.DISK)
+
+
+@contextmanager
+def opened_to_lock(target: Path) -> Generator[int]:
+    """Yield the handle of a file that is made where it is missing, and keeps what is in it."""
+    with _disk_errors(target):
+        handle = os.open(target, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def remove(path: Path) -> None:
@@ -118,7 +151,7 @@ def remove(path: Path) -> None:
     with _disk_errors(path):
         going = _temporary_name(path)
         path.rename(going)
-        if going.is_dir():
+        if going.is_dir() and not going.is_symlink():
             shutil.rmtree(going)
         else:
             going.unlink()
@@ -127,7 +160,10 @@ def remove(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left under temporary names."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _temporary_name(target: Path) -> Path:

@@ -28,10 +28,11 @@ class RunFolder:
         """Make the folder and hold it for this process; the kernel lets go when the process ends, however it ends.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or it leads elsewhere.
         """
+        io_ops.refuse_strange(self.root)
         io_ops.make_folder(self.root)
-        with (self.root / ".lock").open("w") as lock:
+        with io_ops.opened_to_lock(self.root / ".lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

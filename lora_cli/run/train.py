@@ -42,8 +42,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False) -> Path:
         run = prepare.training(recipe, language, datasets, accelerator)
         io_ops.write_text(folder.recipe, to_yaml(recipe))
         story = Story(recipe, screen, folder, language, datasets, run, Progress())
-        if resume:
-            story.go_on()
+        story.go_on() if resume else folder.cut_log(0)
         story.announce()
         story.steps()
         return story.finish()
