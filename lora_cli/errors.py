@@ -5,8 +5,12 @@ UserError       a message for a person: what is wrong, where, what to do; never 
 ExitCode        published; scripts rely on it
 """
 
+import re
 from collections.abc import Iterable
 from enum import IntEnum
+
+USER = re.compile(r"(:/+)[^/\s@\"']+(?=@)")
+"""Name and password in an address."""
 
 
 class ExitCode(IntEnum):
@@ -60,7 +64,7 @@ class UserError(Exception):
         """`where: what (fix)`, the form every message has."""
         head = f"{self.where}: " if self.where else ""
         tail = f"\n  → {self.fix}" if self.fix else ""
-        return f"{head}{self.what}{tail}"
+        return without_passwords(f"{head}{self.what}{tail}")
 
     @classmethod
     def several(cls, errors: Iterable["UserError"]) -> "UserError":
@@ -69,3 +73,8 @@ class UserError(Exception):
         if len(found) == 1:
             return found[0]
         return cls("\n".join(str(error) for error in found), code=found[0].code)
+
+
+def without_passwords(text: str) -> str:
+    """A text for people, with `***` for the name and password in every address."""
+    return USER.sub(r"\1***", text)
