@@ -344,10 +344,9 @@ def _secrets(world: World) -> None:
     world.step("refused: a secret", "check", world.recipe_for("secret", world.model, system="${HF_TOKEN}"))
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """The corpus, opened."""
-    made = World(tmp_path_factory.mktemp("world"))
+def opened(root: Path) -> World:
+    """The corpus, after all commands have opened it."""
+    made = World(root)
     for part in (
         _good,
         _broken_adapters,
@@ -364,19 +363,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return made
 
 
-def test_the_watcher_sees_what_it_watches_for(world):
+def the_watcher_sees_what_it_watches_for(world: World) -> None:
     assert all(world.control.values()), world.control
     assert len(world.control) > 8
 
 
-def test_no_file_that_a_command_opens_runs_code_or_opens_a_socket_or_writes_elsewhere(world):
+def no_file_that_a_command_opens_runs_code_or_opens_a_socket_or_writes_elsewhere(world: World) -> None:
     assert [(step["name"], step["argv"], step["seen"]) for step in world.results if step["seen"]] == []
     assert list(world.traces.iterdir()) == []
     assert world.fixed() == world.before
     assert len(world.results) > 300
 
 
-def test_every_command_ends_with_a_published_code_and_never_with_a_traceback(world):
+def every_command_ends_with_a_published_code_and_never_with_a_traceback(world: World) -> None:
     wrong = [
         (step["name"], step["argv"], step["code"], (step["raised"] or step["said"])[-2000:])
         for step in world.results
@@ -385,7 +384,7 @@ def test_every_command_ends_with_a_published_code_and_never_with_a_traceback(wor
     assert wrong == []
 
 
-def test_what_is_harmless_works_and_what_is_not_is_refused(world):
+def what_is_harmless_works_and_what_is_not_is_refused(world: World) -> None:
     def wrong(step: dict[str, Any]) -> bool:
         if step["name"].startswith("template ") or ("weights" in step["name"] and step["argv"][0] == "check"):
             return False  # a template may refuse a row or write nonsense; `check` opens no weights
@@ -394,14 +393,14 @@ def test_what_is_harmless_works_and_what_is_not_is_refused(world):
     assert [(step["name"], step["argv"], step["said"]) for step in world.results if wrong(step)] == []
 
 
-def test_no_header_takes_more_memory_than_its_file(world):
+def no_header_takes_more_memory_than_its_file(world: World) -> None:
     opened = [step for step in world.results if step["name"] in world.sizes]
     assert {step["name"] for step in opened} == world.sizes.keys()
     grown = [(step["name"], step["grown"] - world.sizes[step["name"]]) for step in opened]
     assert [each for each in grown if each[1] > 64 * 2**20] == []
 
 
-def test_a_template_that_needs_too_much_is_refused_with_what_it_needs(world):
+def a_template_that_needs_too_much_is_refused_with_what_it_needs(world: World) -> None:
     for reason, texts in hostile.BOMBS.items():
         for text in texts:
             said = [
@@ -411,7 +410,7 @@ def test_a_template_that_needs_too_much_is_refused_with_what_it_needs(world):
             assert all(reason in each and "data.chat_template" in each for each in said), (text, said)
 
 
-def test_no_secret_is_in_what_is_written_or_said(world):
+def no_secret_is_in_what_is_written_or_said(world: World) -> None:
     assert any("***@huggingface.co" in step["said"] for step in world.results)
     for step in world.results:
         assert not any(word in step["said"] + (step["raised"] or "") for word in WORDS), step
@@ -419,6 +418,18 @@ def test_no_secret_is_in_what_is_written_or_said(world):
         if path.is_file():
             content = path.read_bytes()
             assert not any(word.encode() in content for word in WORDS), path
+
+
+def test_strangers_files_do_no_harm(tmp_path):
+    """One test, so that the corpus is opened once however the tests are shared out among processes."""
+    world = opened(tmp_path)
+    the_watcher_sees_what_it_watches_for(world)
+    no_file_that_a_command_opens_runs_code_or_opens_a_socket_or_writes_elsewhere(world)
+    every_command_ends_with_a_published_code_and_never_with_a_traceback(world)
+    what_is_harmless_works_and_what_is_not_is_refused(world)
+    no_header_takes_more_memory_than_its_file(world)
+    a_template_that_needs_too_much_is_refused_with_what_it_needs(world)
+    no_secret_is_in_what_is_written_or_said(world)
 
 
 # What our own code may not say
