@@ -6,11 +6,14 @@ ExitCode        published; scripts rely on it
 short           what a user wrote, as it stands in a message
 """
 
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 
 LONGEST = 60
 """Characters of what a user wrote that a message repeats."""
+USER = re.compile(r"(:/+)[^/\s@\"']+(?=@)")
+"""Name and password in an address."""
 
 
 def short(text: str) -> str:
@@ -70,7 +73,7 @@ class UserError(Exception):
         """`where: what (fix)`, the form every message has."""
         head = f"{self.where}: " if self.where else ""
         tail = f"\n  → {self.fix}" if self.fix else ""
-        return f"{head}{self.what}{tail}"
+        return without_passwords(f"{head}{self.what}{tail}")
 
     @classmethod
     def several(cls, errors: Iterable["UserError"]) -> "UserError":
@@ -79,3 +82,8 @@ class UserError(Exception):
         if len(found) == 1:
             return found[0]
         return cls("\n".join(str(error) for error in found), code=found[0].code)
+
+
+def without_passwords(text: str) -> str:
+    """A text for people, with `***` for the name and password in every address."""
+    return USER.sub(r"\1***", text)

@@ -146,7 +146,7 @@ def appending(target: Path) -> Generator[Callable[[bytes], None]]:
 
 def append_line(target: Path, line: str) -> None:
     """Add one line to a log; a refused one leaves nothing. A crash can lose or cut the last lines, never others."""
-    with _disk_errors(target), target.open("ab", buffering=0) as file:
+    with _disk_errors(target), target.open("ab", buffering=0, opener=_no_link) as file:
         size = file.tell()
         left = memoryview(f"{line}\n".encode())
         try:
@@ -164,13 +164,35 @@ def flush(target: Path) -> None:
         _flush(target.parent)
 
 
+def refuse_strange(folder: Path) -> None:
+    """Refuse a folder that is a link, or holds one: what is written under its name would land elsewhere.
+
+    Pipes and devices are refused as well: opening one may never end.
+
+    Raises:
+        UserError: naming it.
+    """
+    with _disk_errors(folder):
+        for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+            if path.is_symlink():
+                fix = "name the folder that it leads to, or take it away"
+                what = f"is a link, to {path.readlink()}, and would be written through"
+                raise UserError(what, where=str(path), fix=fix, code=ExitCode.DISK)
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError("is neither a file nor a folder", where=str(path), code=ExitCode.DISK)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder, under a temporary name first, so that no half-removed thing keeps its name."""
     with _disk_errors(path):
         going = _temporary_name(path)
         path.rename(going)
         _flush(path.parent)
-        if going.is_dir():
+        if going.is_dir() and not going.is_symlink():
             shutil.rmtree(going)
         else:
             going.unlink()

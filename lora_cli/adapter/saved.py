@@ -1,9 +1,10 @@
 """An adapter folder, ours or PEFT's, read from disk: safetensors and JSON only, everything foreign checked."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -65,7 +66,9 @@ def read(folder: Path) -> Saved:
 
 def _json(path: Path, kind: type[Model]) -> Model:
     try:
-        return kind.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        _refuse_twice(content)
+        return kind.model_validate_json(content)
     except FileNotFoundError as error:
         fix = f"an adapter folder holds {CONFIG} and {WEIGHTS}"
         raise UserError("there is no such file", where=str(path), fix=fix, code=ExitCode.MODEL) from error
@@ -76,6 +79,20 @@ def _json(path: Path, kind: type[Model]) -> Model:
         key = "".join(f"{step}: " for step in first["loc"])
         what = f"is not what an adapter has there: {key}{first['msg']}"
         raise UserError(what, where=str(path), code=ExitCode.MODEL) from error
+    except (ValueError, RecursionError) as error:
+        what = f"is not what an adapter has there: {error}"
+        raise UserError(what, where=str(path), code=ExitCode.MODEL) from error
+
+
+def _refuse_twice(content: bytes) -> None:
+    """Refuse JSON with a key given twice: of two readers, one may take the first and one the last."""
+
+    def once(pairs: list[tuple[str, Any]]) -> None:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"the key {max(keys, key=keys.count)!r} is given twice")
+
+    json.loads(content, object_pairs_hook=once)
 
 
 def _refuse_unknown(config: peft_format.Config, where: str) -> None:

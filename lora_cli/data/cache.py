@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,11 @@ class Examples:
         return Example(
             tuple(self._ids[start:end].tolist()), tuple(trained.astype(bool).tolist()), self.where(index)
         )
+
+    def rejected(self, most: int) -> list[dict[str, str]]:
+        """The first of the examples that were left out or cut: `where` and `reason`."""
+        with (self.folder / REJECTED).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in islice(file, most)]
 
     def where(self, index: int) -> str:
         """`file:line` of the row that the example came from."""

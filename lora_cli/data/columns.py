@@ -1,11 +1,12 @@
 """What a row says, told from its columns: a conversation, a question and its answer, or a document."""
 
-import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from lora_cli.data import strict_json
 from lora_cli.data.row import Row, wrong
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import PromptFormat
@@ -180,6 +181,8 @@ def _value(row: Row, column: str) -> str:
     value = row.values[column]
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise wrong(f"the column '{column}' is {value}", row.where, "mend the row, or take it out")
     if isinstance(value, str | int | float):
         return str(value)
     raise wrong(
@@ -286,7 +289,7 @@ def _renamed(item: Any, where: str) -> Any:
 
 def _list(row: Row, column: str) -> list[Any]:
     """A column that holds a list, or the same written as JSON, which is all that a CSV file can do."""
-    value = _parsed(row.values.get(column))
+    value = _parsed(row.values.get(column), column, row.where)
     if not isinstance(value, list):
         fix = f"columns of this row: {_listed(row.values)}"
         raise wrong(f"the column '{column}' is {_kind(value)}, not a list", row.where, fix)
@@ -296,19 +299,21 @@ def _list(row: Row, column: str) -> list[Any]:
 def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
     if not row.values.get("tools"):
         return None
-    tools = [_parsed(tool) for tool in _list(row, "tools")]
+    tools = [_parsed(tool, "tools", row.where) for tool in _list(row, "tools")]
     if not all(isinstance(tool, dict) for tool in tools):
         raise wrong("the column 'tools' is not a list of objects", row.where)
     return tuple(tools) or None
 
 
-def _parsed(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def _parsed(value: Any, column: str, where: str) -> Any:
+    """A list or an object that is written as JSON in a text; everything else as it is."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not text.startswith(("[", "{")):
+        return value
+    try:
+        return strict_json.whole(text, where, 1)
+    except UserError as error:
+        raise wrong(f"the column '{column}': {error.what}", where, error.fix) from None
 
 
 def _optional(row: Row, column: str) -> str:

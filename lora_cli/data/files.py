@@ -50,10 +50,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in _lines(path):
         if text := line.rstrip():
             where = f"{path}:{number}"
-            value, end = strict_json.decode(text, strict_json.skip(text, 0), where, number)
-            if end < len(text):
-                raise wrong(f"not valid JSON: more text after the value, at column {end + 1}", where)
-            yield _record(value, where)
+            yield _record(strict_json.whole(text, where, number), where)
 
 
 def read_json(path: Path) -> Iterator[Row]:
@@ -106,8 +103,8 @@ def read_csv(path: Path) -> Iterator[Row]:
         where = f"{path}:{reader.line_num + 1}"
         try:
             fields = next(reader, None)
-        except csv.Error as error:
-            raise wrong(f"not valid CSV: {error}", f"{path}:{reader.line_num}") from None
+        except csv.Error as error:  # of an open quote the end of the file is seen, far below
+            raise wrong(f"not valid CSV: {error}, in line {reader.line_num}", where) from None
         if fields is None:
             return
         if not fields:
@@ -139,7 +136,9 @@ def read_txt(path: Path) -> Iterator[Row]:
             continue
         if not paragraph:
             first = number
-        paragraph.append(text.rstrip("\r\n"))
+        paragraph.append(text.removesuffix("\n").removesuffix("\r"))
+        if "\r" in paragraph[-1]:
+            raise wrong("a carriage return within the line", f"{path}:{number}", "save it with line feeds")
         size += len(text)
         if size > LINE_LIMIT:
             raise wrong(f"the paragraph is longer than {LINE_LIMIT // 2**20} MB", f"{path}:{first}")

@@ -83,10 +83,14 @@ def load_examples(data: DataRecipe, form: Format, split: Split, *, cache: Path, 
         [split, seed if data.eval_fraction else None, form.references],
     )
     if not examples_on_disk.is_complete(folder):
-        _build(data, form, split, folder, seed)
-        if snapshot(*origin) != before:
-            io_ops.remove(folder)
-            raise wrong("the data changed while it was read", f"data.{split}", "run the same command again")
+        try:
+            _build(data, form, split, folder, seed)
+        finally:  # what is wrong in a file that somebody is writing is not wrong in the file he wrote
+            if snapshot(*origin) != before:
+                if folder.exists():
+                    io_ops.remove(folder)
+                what = "the data changed while it was read"
+                raise wrong(what, f"data.{split}", "run the same command again")
     return Examples(folder, tuple(source.weight for source in origin[0]))
 
 

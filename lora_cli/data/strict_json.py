@@ -18,6 +18,14 @@ def skip(text: str, at: int) -> int:
     return at
 
 
+def whole(text: str, where: str, first_line: int) -> Any:
+    """The JSON value that is all of a text."""
+    value, end = decode(text, skip(text, 0), where, first_line)
+    if end < len(text):
+        raise wrong(f"not valid JSON: more text after the value, at column {end + 1}", where)
+    return value
+
+
 def decode(text: str, at: int, where: str, first_line: int) -> tuple[Any, int]:
     """The JSON value that starts at `at`, and where it ends; `first_line` is the number of the text's first line."""
     try:

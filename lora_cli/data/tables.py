@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,29 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         with reading(path), ParquetFile(path) as table:
-            numbers = count(1)
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise wrong(f"the column '{max(names, key=names.count)}' is there twice", str(path))
+            first = 1
             for batch in table.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    yield Row(_clean(values), f"{path}:{next(numbers)}")
+                for number, values in enumerate(_values(batch, path, first), first):
+                    yield Row(_clean(values), f"{path}:{number}")
+                first += batch.num_rows
     except ArrowException as error:
         raise wrong(f"not a readable parquet file: {error}", str(path)) from error
+
+
+def _values(batch: Any, path: Path, first: int) -> list[dict[str, Any]]:
+    """Rows as Python values; what has none, such as a text that is not UTF-8, is named by its row."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, ArithmeticError):
+        for row in range(batch.num_rows):
+            try:
+                batch.slice(row, 1).to_pylist()
+            except (ValueError, ArithmeticError) as error:
+                raise wrong(f"the row cannot be read: {error}", f"{path}:{first + row}") from error
+        raise
 
 
 class Hub:

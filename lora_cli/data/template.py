@@ -5,18 +5,23 @@ generation reads before message i, render(messages[:i], add_generation_prompt=Tr
 What the second has beyond the first is what generation should write.
 """
 
+import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.data import template_trial
 from lora_cli.data.columns import Conversation, Message, text_of
 from lora_cli.data.row import wrong
-from lora_cli.errors import UserError
+from lora_cli.errors import ExitCode, UserError
 
 THINK, END_THINK = "<think>", "</think>"
 _OPENED = re.compile(rf"{THINK}\s*\Z")
@@ -79,8 +84,9 @@ def render(
     """The text of a conversation; with `generate` it ends where the assistant's next message begins.
 
     Raises:
-        UserError: the template refuses the conversation, or cannot cope with it.
+        UserError: the template refuses the conversation, cannot cope with it, or needs more than a template may.
     """
+    _check_limits(tokenizer.chat_template)
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -88,22 +94,45 @@ def render(
             add_generation_prompt=generate,
             tokenize=False,
         )
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # a template is a program: it can fail in every way
         raise wrong(
-            f"the chat template does not accept this conversation: {error}",
+            f"the chat template does not accept this conversation: {str(error) or type(error).__name__}",
             where,
             "mend the row, or name another template in data.chat_template",
         ) from error
     assert isinstance(text, str)
     return text
+
+
+def _check_limits(template: str | dict[str, str] | None) -> None:
+    """Refuse a template that needs too much for a short conversation: on a row it might never end.
+
+    Raises:
+        UserError: what it needs too much of.
+    """
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        excess = _excess(text)
+        if excess is not None:
+            raise UserError(
+                f"the chat template {excess} for five short messages",
+                where="data.chat_template",
+                fix="it may be meant to do harm: name another one, or none",
+                code=ExitCode.DATA,
+            )
+
+
+@cache
+def _excess(template: str) -> str | None:
+    """What a template needs too much of, found out once in another process; see `template_trial`."""
+    command = [sys.executable, "-P", template_trial.__file__]
+    code = subprocess.run(command, input=json.dumps(template).encode(), capture_output=True).returncode
+    reasons = {
+        0: None,
+        template_trial.TOO_LONG: f"writes more than {template_trial.LENGTH // 2**20} MB",
+        template_trial.TOO_LARGE: f"takes more than {template_trial.MEMORY // 2**20} MB of memory",
+        -signal.SIGXCPU: f"takes longer than {template_trial.SECONDS} seconds",
+    }
+    return reasons.get(code, f"ends Python with code {code}")
 
 
 def turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where: str) -> list[Turn]:

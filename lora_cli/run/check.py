@@ -11,6 +11,7 @@ from rich.text import Text
 from lora_cli import model as models
 from lora_cli import presets
 from lora_cli.adapter.plan import Plan
+from lora_cli.data.cache import SHOWN
 from lora_cli.data.example import Example
 from lora_cli.data.load import Datasets
 from lora_cli.model import LanguageModel
@@ -37,6 +38,7 @@ def check(loaded: Loaded, screen: Screen, rows: int) -> dict[str, Any]:
         datasets = prepare.load_data(recipe, language.tokenizer, cache)
         prepare.check_fit(language.model, datasets)
         show_data(datasets, screen)
+        rejected = _rejected(datasets)
         for index in range(min(rows, len(datasets.train))):
             show_example(datasets.train[index], language.tokenizer, screen)
     return {
@@ -45,6 +47,7 @@ def check(loaded: Loaded, screen: Screen, rows: int) -> dict[str, Any]:
         "trained_parameters": trained_parameters(plan, language),
         "train": dataclasses.asdict(datasets.train.counts),
         "eval": dataclasses.asdict(datasets.eval.counts) if datasets.eval else None,
+        "rejected": rejected,
     }
 
 
@@ -99,6 +102,15 @@ def show_data(datasets: Datasets, screen: Screen) -> None:
     found = [("train", datasets.train), ("eval", datasets.eval)]
     counted = [(name, dataclasses.asdict(each.counts)) for name, each in found if each is not None]
     screen.table(["", *counted[0][1]], [[name, *counts.values()] for name, counts in counted])
+    rejected = _rejected(datasets)
+    if rejected:
+        screen.note(f"left out or cut, the first {SHOWN} of each:")
+        screen.table(["row", "why"], [(each["where"], each["reason"]) for each in rejected])
+
+
+def _rejected(datasets: Datasets) -> list[dict[str, str]]:
+    """The first rows of each split that are not learned as they stand, and why."""
+    return [line for each in (datasets.train, datasets.eval) if each for line in each.rejected(SHOWN)]
 
 
 def show_example(example: Example, tokenizer: Any, screen: Screen) -> None:

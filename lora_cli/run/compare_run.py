@@ -132,7 +132,7 @@ def _lora(command: list[str], run: "Run", stop: Stop, tick: Callable[[], None]) 
         start = log.tell()
         # A session of its own: Ctrl-C reaches it through us, once, and it saves before it ends.
         process = subprocess.Popen(
-            [sys.executable, "-m", "lora_cli", *command],
+            [sys.executable, "-P", "-m", "lora_cli", *command],  # -P: no module of the current folder
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=log,

@@ -35,8 +35,9 @@ class RunFolder:
         """Make the folder and hold it for this process.
 
         Raises:
-            UserError: another process holds it, or nothing can be written in it.
+            UserError: another process holds it, nothing can be written in it, or it leads elsewhere.
         """
+        io_ops.refuse_strange(self.root)
         io_ops.make_folder(self.root)
         with io_ops.held(self.root / ".lock"):
             io_ops.check_writable(self.root)

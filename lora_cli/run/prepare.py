@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_cli import attention, parts, presets
+from lora_cli import attention, io_ops, parts, presets
 from lora_cli import model as models
 from lora_cli.adapter import peft_format, rules
 from lora_cli.adapter import plan as plans
@@ -183,5 +183,12 @@ def _recompute(model: PreTrainedModel) -> None:
 
 
 def cache_folder(run_folder: Path) -> Path:
-    """$LORA_CACHE, or a folder of the run."""
-    return Path(os.environ.get("LORA_CACHE") or run_folder / "cache")
+    """$LORA_CACHE, or a folder of the run.
+
+    Raises:
+        UserError: the run's is a link, which would lead what is written there elsewhere.
+    """
+    if named := os.environ.get("LORA_CACHE"):
+        return Path(named)
+    io_ops.refuse_strange(run_folder)
+    return run_folder / "cache"

@@ -53,8 +53,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
         run = prepare.training(recipe, language, datasets, accelerator)
         origin.write(folder, recipe, held)
         story = Story(recipe, screen, folder, language, datasets, run, Progress())
-        if resume:
-            story.go_on()
+        story.go_on() if resume else folder.cut_log(0)
         story.announce()
         story.steps()
         return story.finish()
