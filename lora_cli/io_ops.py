@@ -146,7 +146,7 @@ def appending(target: Path) -> Generator[Callable[[bytes], None]]:
 
 def append_line(target: Path, line: str) -> None:
     """Add one line to a log; a refused one leaves nothing. A crash can lose or cut the last lines, never others."""
-    with _disk_errors(target), target.open("ab", buffering=0, opener=_no_link) as file:
+    with _disk_errors(target), open(target, "ab", buffering=0, opener=_no_link) as file:
         size = file.tell()
         left = memoryview(f"{line}\n".encode())
         try:

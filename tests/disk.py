@@ -4,6 +4,7 @@ What io_ops does goes through a handful of functions of `os` and `io`; `Disk` st
 operation in `log`, from which `after_crash` makes the states that a power loss may leave.
 """
 
+import builtins
 import errno
 import io
 import os
@@ -37,6 +38,8 @@ class Disk:
     root: Path
     log: list[Operation] = field(default_factory=list)
     before: Callable[[Operation, int], None] = lambda operation, number: None
+    tried: int = 0
+    """Operations so far, with those that failed, which are not in `log`."""
 
     @contextmanager
     def watched(self) -> Iterator["Disk"]:
@@ -47,7 +50,8 @@ class Disk:
             for name, function in real.items():
                 patch.setattr(os, name, self._named(name, function))
             patch.setattr(os, "open", self._opening(real_os_open))
-            patch.setattr(io, "open", self._file(real_open))
+            for module in (io, builtins):
+                patch.setattr(module, "open", self._file(real_open))
             yield self
 
     def _inside(self, path: Any, dir_fd: int | None) -> str | None:
@@ -57,7 +61,8 @@ class Disk:
         return str(full) if full.is_relative_to(self.root) else None
 
     def _note(self, operation: Operation) -> None:
-        self.before(operation, len(self.log))
+        self.tried += 1
+        self.before(operation, self.tried - 1)
         self.log.append(operation)
 
     def _named(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -330,7 +330,7 @@ def refused_everywhere(root: Path, work: Any, target: Path) -> int:
                 assert disk.log[-1].kind in ("rename", "replace")
                 shutil.rmtree(target)
             assert contents(root) == before, disk.log[-1:]
-            assert not leftovers(root)
+            assert not leftovers(root), disk.log[-6:]
             number, refused = number + 1, refused + 1
     return refused
 
@@ -653,7 +653,12 @@ class Retention(RuleBasedStateMachine):
                 checkpoint.save(self.checkpoints, self.run, {})
                 checkpoint.rotate(self.checkpoints, 2, self.best)
         except UserError:
-            assert self.good() >= before
+            after = self.good()
+            if f"step-{self.run.step:06d}" in after:  # saved; removing an old one was refused
+                assert after & before or not before
+                assert self.best not in before or self.best in after
+            else:
+                assert after >= before
 
     @precondition(lambda self: self.checkpoints.exists() and any(self.checkpoints.iterdir()))
     @rule(data=st.data())
@@ -801,7 +806,7 @@ def test_other_files_under_the_same_names_cannot_go_on_with_a_run_unless_the_key
         file = names[key]
         path = tmp_path / file
         path.write_text(
-            path.read_text().replace("0+0", "9+9").replace("message['role']", "message['role']|upper")
+            path.read_text().replace("0+0", "9+9").replace("<|im_start|>", "<|im_start|><|im_start|>")
         )
     loaded: list[str] = []
     with monkeypatch.context() as patched:

@@ -606,7 +606,7 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "precious").write_text("")
-    for name in ("link", ".tmp-link"):
+    for name in ("link", ".tmp-link-1-0123abcd"):
         (tmp_path / name).symlink_to(folder)
     io_ops.remove(tmp_path / "link")
     io_ops.remove_leftovers(tmp_path)

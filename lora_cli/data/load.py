@@ -86,12 +86,19 @@ def load_examples(data: DataRecipe, form: Format, split: Split, *, cache: Path, 
         try:
             _build(data, form, split, folder, seed)
         finally:  # what is wrong in a file that somebody is writing is not wrong in the file he wrote
-            if snapshot(*origin) != before:
+            if _changed(origin, before):
                 if folder.exists():
                     io_ops.remove(folder)
                 what = "the data changed while it was read"
                 raise wrong(what, f"data.{split}", "run the same command again")
     return Examples(folder, tuple(source.weight for source in origin[0]))
+
+
+def _changed(origin: tuple[tuple[WeightedSource, ...], Split], before: list[tuple[str, int, int]]) -> bool:
+    try:
+        return snapshot(*origin) != before
+    except UserError:  # it is gone
+        return True
 
 
 def held_out_rows(data: DataRecipe, seed: int) -> Iterator[Row]:
