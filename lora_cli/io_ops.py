@@ -79,12 +79,15 @@ def held(lock: Path) -> Generator[None]:
     """Hold a file for this process; the kernel lets go when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it, which is named, or it cannot be written.
+        UserError: another process holds it, which is named, or it cannot be written, or is a name of another file.
     """
     with _disk_errors(lock):
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         with _disk_errors(lock):
+            if os.fstat(handle).st_nlink > 1:  # what is noted in it would be written over the other
+                what, fix = "is a second name of some other file", "remove this one"
+                raise UserError(what, where=str(lock), fix=fix, code=ExitCode.DISK)
             _lock(handle, lock.parent)
         yield
     finally:

@@ -227,6 +227,10 @@ def _not_a_language_model(config: Any) -> str | None:
         return f"{kind}, which reads more than text"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"{kind}, which does not predict the next token"
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        how = stored.get("quant_method", "") if isinstance(stored, dict) else stored.quant_method
+        return f"{kind}, stored quantised ({how}), which is not supported yet"
     code = (getattr(config, f"_{part}_implementation", None) for part in ("attn", "experts"))
     if any("/" in str(name) for name in code):
         return f"{kind}, which computes with code from the Hub"

@@ -200,7 +200,7 @@ ESCAPES = (
 )
 BOMBS = {
     "longer than 2 seconds": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i * j }}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% set k = i * j %}{% endfor %}{% endfor %}",
         "{{ 7 ** 99999999 }}",
     ),
     "256 MB of memory": (

@@ -252,7 +252,11 @@ def test_a_refusal_gives_a_reason_and_the_key_it_is_about(axis, name):
 )
 def test_what_a_part_needs_and_forbids_exists(axis, name):
     known = {f"{other}.{each}" for other in parts.AXES for each in parts.names(other)}
-    known |= {"base.quantized", *AdapterRecipe.model_fields}
+    known |= {
+        "base.quantized",
+        *AdapterRecipe.model_fields,
+        *(f"train.{key}" for key in TrainRecipe.model_fields),
+    }
     for settings in SETTINGS.get(f"{axis}.{name}", [{}]):
         for kind in ("needs", "forbids"):
             stated = rules.stated(kind, axis, Part(name, settings))

@@ -126,21 +126,21 @@ class World:
         self.control, *results = [json.loads(line) for line in Path(files[1]).read_text().splitlines()]
         self.results = [step | result for step, result in zip(self.steps, results, strict=True)]
 
-    def fixed(self) -> str:
-        """A hash of what no command may change: names, links, contents."""
-        found = hashlib.sha256()
-        for path in sorted(
-            path for folder in (self.theirs, self.elsewhere, self.traces) for path in folder.rglob("*")
-        ):
-            found.update(str(path).encode())
-            if path.is_file() and not path.is_symlink() and path.stat().st_size < LARGE:
-                found.update(path.read_bytes())
-        return found.hexdigest()
+    def fixed(self) -> dict[str, str]:
+        """What no command may change: names, and the hash of each content."""
+        folders = (self.theirs, self.elsewhere, self.traces)
+        return {str(path): _hash(path) for folder in folders for path in folder.rglob("*")}
 
     def _environment(self) -> dict[str, str]:
         mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         paths = {"PYTHONPATH": str(ROOT), "LORA_CACHE": str(self.cache), "TMPDIR": str(self.scratch)}
         return mine | SECRETS | paths | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HOME": str(self.scratch / "hf")}
+
+
+def _hash(path: Path) -> str:
+    """Nothing of links, folders, and what is too large."""
+    small = path.is_file() and not path.is_symlink() and path.stat().st_size < LARGE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if small else ""
 
 
 # The corpus
@@ -154,7 +154,11 @@ def _littered(world: World) -> None:
     shutil.copy(world.rows, rows / "data.jsonl")
     for folder in (model, run, run / "adapter", run / "checkpoints" / "step-000001", rows, world.theirs):
         hostile.litter(folder, world.traces)
-    (rows / "pytorch_model.bin.index.json").unlink()  # it would be read as data, and is none
+    for name in (
+        "pytorch_model.bin.index.json",
+        "custom_generate/requirements.txt",
+    ):  # would be read as data, and are none
+        (rows / name).unlink()
     for folder in (run, run / "adapter"):
         on_disk.recipe(folder / "recipe.yaml", model, world.data, **world.sections())
     hostile.change(run / "adapter" / "adapter_config.json", base_model_name_or_path=str(model))
@@ -322,10 +326,13 @@ def _links(world: World) -> None:
         run.mkdir()
         os.mkfifo(run / name)
         world.step(f"refused: {name} is a pipe", "train", world.recipe, "--output", run)
-    (world.out / "twin").mkdir()
-    for name in ("log.jsonl", ".lock", "loss.png"):
-        (world.out / "twin" / name).hardlink_to(world.elsewhere / "precious")
+    for folder, names in (("twin", ("log.jsonl", "loss.png")), ("locked", (".lock",))):
+        (world.out / folder).mkdir()
+        for name in names:
+            (world.out / folder / name).hardlink_to(world.elsewhere / "precious")
     world.step("files with a second name elsewhere", "train", world.recipe, "--output", world.out / "twin")
+    locked = world.out / "locked"
+    world.step("refused: a lock with a second name elsewhere", "train", world.recipe, "--output", locked)
     (world.out / "inside").mkdir()
     (world.out / "parent").symlink_to(world.out / "inside")
     world.step("a link on the way", "merge", world.adapter, "--output", world.out / "parent" / "merged")
@@ -390,7 +397,8 @@ def what_is_harmless_works_and_what_is_not_is_refused(world: World) -> None:
             return False  # a template may refuse a row or write nonsense; `check` opens no weights
         return (step["code"] == 0) == step["name"].startswith("refused: ")
 
-    assert [(step["name"], step["argv"], step["said"]) for step in world.results if wrong(step)] == []
+    found = [(step["name"], step["argv"], step["said"]) for step in world.results if wrong(step)]
+    assert found == [], "\n".join(map(str, found))
 
 
 def no_header_takes_more_memory_than_its_file(world: World) -> None:

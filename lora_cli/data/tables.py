@@ -30,7 +30,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
                 for number, values in enumerate(_values(batch, path, first), first):
                     yield Row(_clean(values), f"{path}:{number}")
                 first += batch.num_rows
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:  # the second: names of columns
         raise wrong(f"not a readable parquet file: {error}", str(path)) from error
 
 

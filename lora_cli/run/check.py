@@ -105,7 +105,8 @@ def show_data(datasets: Datasets, screen: Screen) -> None:
     rejected = _rejected(datasets)
     if rejected:
         screen.note(f"left out or cut, the first {SHOWN} of each:")
-        screen.table(["row", "why"], [(each["where"], each["reason"]) for each in rejected])
+        for each in rejected:
+            screen.note(f"  {each['where']}: {each['reason']}")
 
 
 def _rejected(datasets: Datasets) -> list[dict[str, str]]:
