@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__
-from lora_cli.errors import ExitCode, UserError
+from lora_cli.errors import AloneError, ExitCode, UserError
 from lora_cli.screen import Screen
 
 app = typer.Typer(
@@ -23,6 +24,10 @@ app = typer.Typer(
 )
 
 
+RANK = "RANK"
+"""Number of this process among those that a launcher has started; set by all launchers."""
+PATIENCE = 3
+"""Seconds after which the first process has told what all of them have met."""
 TYPERS_CTRL_C = 130
 """What typer makes of a KeyboardInterrupt."""
 SMALLER = "take less at once: train.micro_batch_size: 1, eval.batch_size, data.max_length, or gradient_checkpointing"
@@ -90,15 +95,35 @@ def train(
             metavar="KEY",
         ),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes on this machine that share the rows of each step: one a GPU, or a few on a CPU.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option(help="Machines, each of which starts this same command.", min=1, metavar="N")
+    ] = 1,
+    rendezvous: Annotated[
+        str, typer.Option(help="Where the machines meet: a port of one of them.", metavar="HOST:PORT")
+    ] = "localhost:0",
 ) -> None:
     """Fine-tune a model as the recipe says and save the adapter.
 
     Ctrl-C stops after the step under way and saves everything; --resume then goes on exactly where it stopped.
+    Under torchrun or accelerate launch (-m lora_cli train ...) --processes is theirs to say.
     """
     from lora_cli.recipe.load import check_parts, load
 
     loaded = load(recipe, overrides or [], output)
     check_parts(loaded)
+    if processes is not None and RANK not in os.environ:
+        from lora_cli.run.launch import launch
+
+        launch(sys.argv[1:], processes, nodes, rendezvous)
+        return
     from lora_cli.run.train import train
 
     train(loaded.recipe, Screen(), resume, allow_change or [])
@@ -312,15 +337,27 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Screen().error(str(error))
+        _tell(str(error), waits=isinstance(error, AloneError))
         sys.exit(error.code)
     except SystemExit as leaving:
         if leaving.code != TYPERS_CTRL_C:
             raise
-        Screen().error("stopped")
+        _tell("stopped")
         sys.exit(ExitCode.INTERRUPTED)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        Screen().error(f"out of memory\n  → {SMALLER}")
+        _tell(f"out of memory\n  → {SMALLER}")
         sys.exit(ExitCode.OUT_OF_MEMORY)
+
+
+def _tell(error: str, waits: bool = False) -> None:
+    """Show what went wrong, once: of several processes that met the same the first one does.
+
+    The others wait for it, and are ended when it has; so does one that only knows that another is gone.
+    """
+    follows = int(os.environ.get(RANK, "0")) > 0
+    if follows or waits:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+    Screen().error(error)

@@ -1,7 +1,8 @@
 """What can go wrong for a user, and the exit code that says so.
 
 UserError       a message for a person: what is wrong, where, what to do; never a traceback
-└ several       `UserError.several` joins the errors of one file into one report
+├ several       `UserError.several` joins the errors of one file into one report
+└ AloneError         another process of the run is gone
 ExitCode        published; scripts rely on it
 short           what a user wrote, as it stands in a message
 """
@@ -82,6 +83,10 @@ class UserError(Exception):
         if len(found) == 1:
             return found[0]
         return cls("\n".join(str(error) for error in found), code=found[0].code)
+
+
+class AloneError(UserError):
+    """Another process of the run has ended. That one, or who started them all, has more to say about it."""
 
 
 def without_passwords(text: str) -> str:

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
 
+from lora_cli import parts
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends
 from lora_cli.errors import ExitCode, UserError
@@ -212,7 +213,8 @@ def _check_folder(name: str) -> None:
     if not local or path.is_dir():
         return
     beside = sorted(each.name for each in path.parent.glob("*") if each.is_dir())
-    fix = f"in {path.parent} there are: {', '.join(beside)}" if beside else "scripts/quickstart makes models/"
+    near = parts.nearest(path.name, beside) or beside[:8]
+    fix = f"in {path.parent} there are: {', '.join(near)}" if near else "scripts/quickstart makes models/"
     raise UserError(f"there is no folder {name}", where="model.name", fix=fix, code=ExitCode.MODEL)
 
 

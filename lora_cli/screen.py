@@ -25,6 +25,13 @@ class Screen:
         width = None if terminal else int(os.environ.get("COLUMNS", "110"))
         self.console = Console(stderr=stderr, width=width, highlight=False, soft_wrap=not terminal)
 
+    @classmethod
+    def silent(cls) -> "Screen":
+        """Shows nothing: for the processes beside the one that speaks."""
+        screen = cls()
+        screen.console = Console(stderr=True, quiet=True)
+        return screen
+
     def note(self, text: str) -> None:
         """One line of plain information."""
         self.console.print(without_passwords(text), markup=False)

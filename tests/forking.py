@@ -4,6 +4,9 @@ A line of JSON on stdin is a command, a line on stdout the answer:
 
     {"arguments": ["train", ...], "after": seconds or null, "signal": 9, "file_bytes": limit or null}
     {"code": exit code, or minus the signal that ended it, "seconds": how long it took, "said": stderr}
+
+With "processes": N a command is run in N processes together, as a launcher would; "number" says which of them gets
+the signal (null: all of them), and the answer has their "codes".
 """
 
 import contextlib
@@ -11,6 +14,7 @@ import json
 import os
 import resource
 import signal as signals
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +41,31 @@ class Forker:
         file_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Run a `lora` command; after so many seconds send it a signal, if it still runs."""
-        asked = {"arguments": [*arguments], "after": after, "signal": number, "file_bytes": file_bytes}
+        return self._asked(arguments=[*arguments], after=after, signal=number, file_bytes=file_bytes)
+
+    def together(
+        self,
+        arguments: Sequence[str],
+        processes: int,
+        after: float | None = None,
+        number: int = signals.SIGKILL,
+        which: int | None = None,
+        short_of_memory: int | None = None,
+    ) -> dict[str, Any]:
+        """Run it in several processes; after so many seconds send one of them, or all, a signal.
+
+        The memory of process `short_of_memory` is not enough for two rows at once.
+        """
+        return self._asked(
+            arguments=[*arguments],
+            after=after,
+            signal=number,
+            processes=processes,
+            which=which,
+            short_of_memory=short_of_memory,
+        )
+
+    def _asked(self, **asked: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(asked) + "\n")
@@ -70,7 +98,62 @@ def main() -> None:
     torch.set_num_threads(1)
     tiny.model()  # transformers loads the files of a kind of model on first use
     for line in sys.stdin:
-        print(json.dumps(_answer(**json.loads(line))), flush=True)
+        asked = json.loads(line)
+        print(json.dumps((_answers if "processes" in asked else _answer)(**asked)), flush=True)
+
+
+def _answers(
+    arguments: list[str],
+    after: float | None,
+    signal: int,
+    processes: int,
+    which: int | None,
+    short_of_memory: int | None,
+) -> dict[str, Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.perf_counter()
+    said, heard = os.pipe()
+    signals.pthread_sigmask(signals.SIG_BLOCK, ASKING)
+    children: list[int] = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            os.environ |= {key: str(value) for key, value in place.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if rank == short_of_memory:
+                _lose_memory()
+            _become(arguments, heard, None)
+        children.append(child)
+    signals.pthread_sigmask(signals.SIG_UNBLOCK, ASKING)
+    os.close(heard)
+    if after is not None:
+        time.sleep(after)
+        for child in children if which is None else [children[which]]:
+            os.kill(child, signal)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    seconds = time.perf_counter() - began
+    with os.fdopen(said, encoding="utf-8") as text:
+        return {"codes": codes, "seconds": seconds, "said": text.read()}
+
+
+def _lose_memory() -> None:
+    """From now on a backward pass over two rows is too much."""
+    import torch
+
+    from lora_cli.train import loop
+
+    real = loop._backward
+
+    def backward(run: Any, batch: Any, *others: Any) -> Any:
+        loss = real(run, batch, *others)
+        if len(batch.rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    loop._backward = backward
 
 
 def _answer(arguments: list[str], after: float | None, signal: int, file_bytes: int | None) -> dict[str, Any]:

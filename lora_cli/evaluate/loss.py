@@ -1,6 +1,7 @@
 """Mean loss per trained token over held-out examples."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,12 @@ class HeldOutLoss:
     sums: tuple[float, ...]
     """−Σ log p over the trained tokens of each example."""
 
+    @classmethod
+    def of(cls, table: Tensor) -> "HeldOutLoss":
+        """From what `row_sums` gives, of all processes."""
+        sums, tokens = table[:, 0].tolist(), int(table[:, 1].sum())
+        return cls(sum(sums) / tokens, tokens, tuple(sums))
+
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that is too large for a number."""
@@ -42,19 +49,37 @@ def held_out_loss(
     rows: int | None = None,
 ) -> HeldOutLoss:
     """The model's loss on the first `rows` examples (default: all); its mode is put back."""
+    table = row_sums(model, examples, device=device, max_tokens=max_tokens, pad_id=pad_id, rows=rows)
+    return HeldOutLoss.of(table)
+
+
+def row_sums(
+    model: PreTrainedModel,
+    examples: Documents,
+    *,
+    device: torch.device,
+    max_tokens: int,
+    pad_id: int,
+    rows: int | None = None,
+    share: Callable[[list[Batch]], Sequence[Batch]] = list,
+) -> Tensor:
+    """−Σ log p over the trained tokens of each example, and how many these are: float64 [rows, 2], on the CPU.
+
+    `share` picks the batches that this process computes; the rows of the others are zeros.
+    """
     count = len(examples) if rows is None else min(rows, len(examples))
-    sums: dict[int, float] = {}
-    tokens = 0
+    table = torch.zeros(count, 2, dtype=torch.float64)
     with evaluating(model):
         for start in range(0, count, CHUNK):
             chunk = range(start, min(start + CHUNK, count))
-            for batch in micro_batches(
-                examples, chunk, max_tokens=max_tokens, max_rows=None, packing=False, pad_id=pad_id
+            for batch in share(
+                micro_batches(
+                    examples, chunk, max_tokens=max_tokens, max_rows=None, packing=False, pad_id=pad_id
+                )
             ):
-                sums |= zip(batch.rows, _sums(model, batch, device).tolist(), strict=True)
-                tokens += int((batch.labels[:, 1:] != IGNORE).sum())
-    in_order = tuple(sums[row] for row in range(count))
-    return HeldOutLoss(sum(in_order) / tokens, tokens, in_order)
+                table[batch.rows, 0] = _sums(model, batch, device)
+                table[batch.rows, 1] = (batch.labels[:, 1:] != IGNORE).sum(1).double()
+    return table
 
 
 def _sums(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:

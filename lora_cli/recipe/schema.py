@@ -427,6 +427,11 @@ class TrainRecipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         default=0, description="Start of every random number: init, order of rows, dropout."
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Also on a GPU only kernels that always give the same bits, and sums over micro-batches in an "
+        "order that does not depend on the number of processes; slower.",
+    )
     log_steps: Positive = Field(
         default=1, description="Steps between lines on a plain screen and points in trackers."
     )

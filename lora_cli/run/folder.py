@@ -17,6 +17,8 @@ from lora_cli.errors import ExitCode, UserError
 class RunFolder:
     """Paths and the log of one run."""
 
+    writes = True
+
     def __init__(self, root: Path) -> None:
         """Name the parts; nothing is made yet."""
         self.root = root
@@ -92,3 +94,26 @@ class RunFolder:
             except ValueError:
                 break
         return found
+
+
+class Onlooker(RunFolder):
+    """The folder for processes beside the one that writes: they read in it, and what would write does nothing."""
+
+    writes = False
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """By the process that writes."""
+        yield
+
+    def check_new(self) -> None:
+        """Done by the process that writes."""
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def flush_log(self) -> None:
+        """Nothing."""
+
+    def cut_log(self, step: int, evaluated: int) -> None:
+        """Nothing."""

@@ -15,13 +15,13 @@ from lora_cli.train.loop import StepReport
 class Trackers:
     """The trackers of a recipe; with none named everything here does nothing."""
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: RunFolder) -> None:
-        """Start them.
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        """Start them, in the process that writes.
 
         Raises:
             UserError: a tracker's package is not installed.
         """
-        self.names = recipe.train.trackers
+        self.names = recipe.train.trackers if folder.writes else ()
         if not self.names:
             return
         try:

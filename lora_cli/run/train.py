@@ -6,22 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from torch import Tensor
 
 from lora_cli import io_ops
 from lora_cli import model as models
 from lora_cli.data.load import Datasets
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.evaluate.loss import HeldOutLoss, held_out_loss
+from lora_cli.evaluate.loss import HeldOutLoss, row_sums
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import origin, prepare, save
-from lora_cli.run.folder import RunFolder
+from lora_cli.run.folder import Onlooker, RunFolder
 from lora_cli.run.stop import Stop, stop_signals
 from lora_cli.run.trackers import Trackers
 from lora_cli.screen import Screen, duration, size
 from lora_cli.train import checkpoint
+from lora_cli.train.exact import exactly
 from lora_cli.train.loop import StepReport, Training, token_budget, train_steps
+from lora_cli.train.processes import Processes, joined
 
 
 def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collection[str] = ()) -> Path:
@@ -37,26 +39,27 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
         UserError: anything the user can mend; whatever was finished before stays on disk.
     """
     prepare.check_method(recipe)
-    folder = RunFolder(Path(str(recipe.output.dir)))
-    if not resume:
-        folder.check_new()
-    with folder.held():
-        if _is_finished(folder, recipe, screen, allowed):
-            return folder.adapter
-        io_ops.make_folder(folder.checkpoints)
-        io_ops.check_writable(folder.checkpoints)
-        held = origin.contents(recipe)
-        origin.check_contents(folder, held, allowed)
-        accelerator = Accelerator()
-        language = models.load(recipe.model, accelerator.device)
-        datasets = prepare.load_data(recipe, language.tokenizer, prepare.cache_folder(folder.root))
-        run = prepare.training(recipe, language, datasets, accelerator)
-        story = Story(recipe, screen, folder, language, datasets, run, Progress())
-        story.go_on() if resume else folder.cut_log(0, 0)
-        origin.write(folder, recipe, held)
-        story.announce()
-        story.steps()
-        return story.finish()
+    with exactly(recipe.train.deterministic), joined() as accelerator:
+        processes = Processes(accelerator)
+        root = Path(str(recipe.output.dir))
+        folder, screen = (RunFolder(root), screen) if processes.leads else (Onlooker(root), Screen.silent())
+        if not resume:
+            folder.check_new()
+        with folder.held():
+            if processes.told(folder.writes and _is_finished(folder, recipe, screen, allowed)):
+                return folder.adapter
+            held = _begun_with(folder, recipe, allowed) if folder.writes else None
+            language = models.load(recipe.model, accelerator.device)
+            cache = prepare.cache_folder(folder.root)
+            datasets = processes.first_alone(lambda: prepare.load_data(recipe, language.tokenizer, cache))
+            run = prepare.training(recipe, language, datasets, accelerator)
+            story = Story(recipe, screen, folder, language, datasets, run, Progress())
+            story.go_on() if resume else folder.cut_log(0, 0)
+            if held is not None:
+                origin.write(folder, recipe, held)
+            story.announce()
+            story.steps()
+            return story.finish()
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Story:
     def go_on(self) -> None:
         """Put everything in the state of the newest good checkpoint, if there is one."""
         path, problems = checkpoint.newest(self.folder.checkpoints)
+        path = self.run.processes.told(path)
         for problem in problems:
             self.screen.warn(f"skipped a damaged checkpoint: {problem}")
         if path is None and problems:
@@ -105,9 +109,10 @@ class Story:
             f"({trained / total:.2%}) in {len(run.adapter.plan.layers)} layers"
         )
         rows = "packed" if run.packing else "padded"
+        together = f", {run.processes.size} processes" if run.processes.size > 1 else ""
         self.screen.note(
             f"{counts.examples:,} examples, {counts.trained_tokens:,} of {counts.tokens:,} tokens trained; "
-            f"{run.total_steps:,} steps of {run.train.batch_size} on {run.accelerator.device}, {rows}"
+            f"{run.total_steps:,} steps of {run.train.batch_size} on {run.accelerator.device}, {rows}{together}"
         )
         if run.precision is torch.float32 and models.multiplies_bfloat16(run.accelerator.device):
             self.screen.note("this CPU is about twice as fast with --set model.dtype=bfloat16")
@@ -115,7 +120,7 @@ class Story:
     def steps(self) -> None:
         """Train to the end, or until stopped."""
         train, run = self.recipe.train, self.run
-        trackers = Trackers(run.accelerator, self.recipe, self.folder)
+        trackers = Trackers(self.recipe, self.folder)
         with self.screen.steps(run.total_steps, run.step, train.log_steps) as shown, stop_signals() as stop:
             if run.step > 0 and self.lacks_evaluation():  # stopped in the middle of it
                 self.evaluate(trackers, stop)
@@ -128,11 +133,14 @@ class Story:
                 self.folder.append(dataclasses.asdict(report))
                 trackers.log(report, train.log_steps)
                 improved = self.lacks_evaluation() and self.evaluate(trackers, stop)
-                if stop.asked or (improved and train.early_stopping_patience):
+                asked = run.processes.any(stop.asked)
+                if asked or (improved and train.early_stopping_patience):
                     self.save_checkpoint()
                 elif improved or self.is_due(train.save_steps):
                     self.try_checkpoint()
-                if stop.asked and (run.step < run.total_steps or self.lacks_evaluation()):
+                if asked and (run.step < run.total_steps or self.lacks_evaluation()):
+                    if not self.folder.writes:
+                        raise SystemExit(ExitCode.INTERRUPTED)  # the process that writes says so
                     stop.leave(run.step, run.total_steps, self.folder.root)
                 if self.is_enough():
                     self.screen.note(f"no better eval loss for {self.progress.worse_in_a_row} evaluations")
@@ -155,7 +163,7 @@ class Story:
 
     def evaluate(self, trackers: Trackers, stop: Stop) -> bool:
         """Measure the loss on the held-out rows, unless somebody asks to stop; True when it is the best so far."""
-        found = stop.unless_asked(self.held_out_loss)
+        found = self.held_out_loss(stop)
         if found is None:
             return False
         step, best = self.run.step, self.progress.best_loss
@@ -170,23 +178,35 @@ class Story:
         stop.unless_asked(self.show_samples)
         return improved
 
-    def held_out_loss(self) -> HeldOutLoss:
-        """On the rows that are not learned from."""
+    def held_out_loss(self, stop: Stop) -> HeldOutLoss | None:
+        """On the rows that are not learned from; None when somebody asks to stop, in whichever process."""
+        sums, processes = stop.unless_asked(self.held_out_sums), self.run.processes
+        if processes.any(sums is None) or sums is None:
+            return None
+        if processes.size > 1:
+            on_device = sums.to(self.run.accelerator.device)
+            processes.sum([on_device])
+            sums = on_device.cpu()
+        return HeldOutLoss.of(sums)
+
+    def held_out_sums(self) -> Tensor:
+        """What the loss on the rows that are not learned from is made of; this process' share."""
         assert self.datasets.eval is not None
         device = self.run.accelerator.device
         with self.run.computing():
-            return held_out_loss(
+            return row_sums(
                 self.run.model,
                 self.datasets.eval,
                 device=device,
                 max_tokens=token_budget(device),
                 pad_id=self.run.pad_id,
                 rows=self.recipe.eval.max_rows,
+                share=self.run.processes.share,
             )
 
     def show_samples(self) -> None:
         """Generate a few answers, so that a person sees what the numbers mean."""
-        if self.recipe.eval.samples:
+        if self.recipe.eval.samples and self.folder.writes:
             save.show_samples(self.recipe, self.datasets, self.language, self.screen)
 
     def is_enough(self) -> bool:
@@ -209,6 +229,8 @@ class Story:
         Raises:
             UserError: the disk refuses; the checkpoints before are untouched.
         """
+        if not self.folder.writes:
+            return
         self.folder.flush_log()
         checkpoint.save(self.folder.checkpoints, self.run, dataclasses.asdict(self.progress))
         best = f"step-{self.progress.best_step:06d}"
@@ -220,18 +242,32 @@ class Story:
             best = self.folder.checkpoints / f"step-{self.progress.best_step:06d}"
             checkpoint.restore(best, self.run)
             self.screen.note(f"keeping the adapter of step {self.progress.best_step}, the best one")
+        if self.folder.writes:
+            self.save()
+        return self.folder.adapter
+
+    def save(self) -> None:
+        """The picture, and the adapter last: where it is, nothing is left to do."""
         try:
             save.plot(self.folder)
         except UserError as error:
             self.screen.warn(str(error))
-        save.adapter(
-            self.folder, self.run, self.recipe, self.language
-        )  # the last: where it is, nothing is left to do
+        save.adapter(self.folder, self.run, self.recipe, self.language)
         seconds = sum(line.get("seconds", 0.0) for line in self.folder.lines())
+        sent, steps = self.run.processes.sent, max(self.run.step, 1)
+        share = f"; each process sent {size(sent / steps)}B a step" if sent else ""
         self.screen.note(
-            f"trained {self.run.step:,} steps in {duration(seconds)}; adapter in {self.folder.adapter}"
+            f"trained {self.run.step:,} steps in {duration(seconds)}; adapter in {self.folder.adapter}{share}"
         )
-        return self.folder.adapter
+
+
+def _begun_with(folder: RunFolder, recipe: Recipe, allowed: Collection[str]) -> origin.Contents:
+    """Make the folder ready; refuses other files than the run was started with."""
+    io_ops.make_folder(folder.checkpoints)
+    io_ops.check_writable(folder.checkpoints)
+    held = origin.contents(recipe)
+    origin.check_contents(folder, held, allowed)
+    return held
 
 
 def _is_finished(folder: RunFolder, recipe: Recipe, screen: Screen, allowed: Collection[str]) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
 from lora_cli.train.loss import Loss
 from lora_cli.train.measure import measure
+from lora_cli.train.processes import Processes
 
 WATCHED_STEPS = 20
 """A tensor whose gradient was zero in all of the first so many steps is not connected to the loss."""
@@ -81,6 +82,7 @@ class Training:
 
     def __post_init__(self) -> None:
         """A tensor that trains but has no optimizer would silently stay as it is."""
+        self.processes = Processes(self.accelerator)
         if self.train.micro_batch_size == "auto":
             self.max_tokens = token_budget(self.accelerator.device)
         else:
@@ -135,12 +137,24 @@ class Training:
         """The largest micro-batch, in words."""
         return f"{self.max_rows} rows" if self.max_tokens is None else f"{self.max_tokens:,} tokens"
 
+    @property
+    def adds_in_order(self) -> bool:
+        """Whether micro-batches are added up in the order that one process would add them up in."""
+        return self.train.deterministic and self.processes.size > 1
+
     def shrink(self, batch: Batch) -> None:
         """From now on at most half of this micro-batch at once."""
         if self.max_tokens is not None:
             self.max_tokens = min(self.max_tokens, _cells(batch)) // 2
         else:
             self.max_rows = len(batch.rows) // 2
+
+    def shrink_alike(self) -> None:
+        """From now on as little at once as the process with the least memory."""
+        if self.max_tokens is not None:
+            self.max_tokens = self.processes.least(self.max_tokens)
+        if self.max_rows is not None:
+            self.max_rows = self.processes.least(self.max_rows)
 
     def measure(self, kind: str) -> dict[str, Tensor]:
         """What an init asks for, on the rows of the next step."""
@@ -176,9 +190,9 @@ def _step(run: Training, rows: list[int]) -> StepReport:
     optim.set_learning_rate(run.optimizer, rate)
     trained_tokens = int(run.examples.trained_counts[rows].sum())
     at_once = run.at_once
-    batches, losses = _accumulate(run, rows, trained_tokens)
+    batches, losses, loss = _accumulate(run, rows, trained_tokens)
     _penalise(run)
-    loss, grad_norm = _synchronise(run, losses, rate)
+    loss, grad_norm = _finished(run, loss, rate)
     _check_finite(run, loss, grad_norm, losses, batches)
     _update(run, grad_norm)
     run.step += 1
@@ -202,24 +216,74 @@ def _step(run: Training, rows: list[int]) -> StepReport:
     )
 
 
-def _accumulate(run: Training, rows: list[int], trained_tokens: int) -> tuple[list[Batch], list[Tensor]]:
-    """The gradient of all rows, in smaller micro-batches from now on when the memory is not enough for them.
+def _accumulate(
+    run: Training, rows: list[int], trained_tokens: int
+) -> tuple[list[Batch], list[Tensor], Tensor]:
+    """The gradient of all rows, in every process; in smaller micro-batches from now on where memory is short.
 
     The step is the same: it is a sum over its rows, however they are split.
+
+    Returns:
+        The micro-batches of this process, the loss of each, and the loss of all rows, still on the device.
     """
     while True:
         batches = _mine(run, rows)
         try:
-            return batches, [_backward(run, batch, i, trained_tokens) for i, batch in enumerate(batches)]
+            losses, pieces = _backwards(run, batches, trained_tokens)
+            enough = True
         except torch.OutOfMemoryError as error:
             several = [batch for batch in batches if len(batch.rows) > 1]
             if not several:
                 raise _too_long(run, max(batches, key=_cells)) from error
             run.shrink(max(several, key=_cells))
+            losses, pieces, enough = [], [], False
+        if enough or run.processes.size > 1:
+            loss = _added_up(run, losses, pieces, enough)
+            if loss is not None:
+                return batches, losses, loss
         # Outside the except clause, which keeps what did not fit alive.
         run.optimizer.zero_grad(set_to_none=True)
         if run.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _backwards(run: Training, batches: list[Batch], trained_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Loss and, where they are added up in order, gradient of each micro-batch of this process."""
+    losses: list[Tensor] = []
+    pieces: list[Tensor] = []
+    for index, batch in enumerate(batches):
+        losses.append(_backward(run, batch, index, trained_tokens))
+        if run.adds_in_order:
+            pieces.append(torch.cat([each.reshape(-1) for each in (*_gradients(run), losses[-1])]))
+            run.optimizer.zero_grad(set_to_none=True)
+    return losses, pieces
+
+
+def _gradients(run: Training) -> list[Tensor]:
+    """Of every trained tensor, in float32; zero where it has none."""
+    for parameter in run.adapter.trainable().values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [p.grad for p in run.adapter.trainable().values() if p.grad is not None]
+
+
+def _added_up(run: Training, losses: list[Tensor], pieces: list[Tensor], enough: bool) -> Tensor | None:
+    """Add loss and gradients up over the processes; None when the memory of one of them was not enough."""
+    gradients = _gradients(run)
+    loss = torch.zeros((), device=run.accelerator.device)
+    if run.adds_in_order:
+        run.processes.sum_in_order(pieces, [*gradients, loss])
+        short = run.processes.any(not enough)
+    else:
+        for each in losses:  # one after the other, as above
+            loss = loss + each
+        missing = torch.full_like(loss, not enough)
+        run.processes.sum([*gradients, loss, missing])
+        short = run.processes.size > 1 and bool(missing)
+    if short:
+        run.shrink_alike()
+        return None
+    return loss
 
 
 def _cells(batch: Batch) -> int:
@@ -238,17 +302,20 @@ def _too_long(run: Training, batch: Batch) -> UserError:
 
 
 def _mine(run: Training, rows: list[int]) -> list[Batch]:
-    """The micro-batches of this process: every so many-th row, by length, so that all have about the same to do."""
-    size, rank = run.accelerator.num_processes, run.accelerator.process_index
+    """The micro-batches of this process: of every so many-th row, by length, so that all have about the same to do.
+
+    Where they are added up in order they are every so many-th of those that one process would make.
+    """
     by_length = sorted(rows, key=lambda row: -int(run.examples.lengths[row]))
-    return micro_batches(
+    batches = micro_batches(
         run.examples,
-        by_length[rank::size],
+        by_length if run.adds_in_order else run.processes.share(by_length),
         max_tokens=run.max_tokens,
         max_rows=run.max_rows,
         packing=run.packing,
         pad_id=run.pad_id,
     )
+    return [*run.processes.share(batches)] if run.adds_in_order else batches
 
 
 def token_budget(device: torch.device) -> int:
@@ -258,7 +325,8 @@ def token_budget(device: torch.device) -> int:
 
 def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> Tensor:
     """Add the gradient of one micro-batch; returns its loss as a share of the step's, still on the device."""
-    torch.manual_seed(_seed(run.train.seed, run.step, run.accelerator.process_index, index))
+    of_all = index * run.processes.size + run.processes.rank
+    torch.manual_seed(_seed(run.train.seed, run.step, of_all))
     with run.computing():
         loss = run.loss(batch, run.accelerator.device) / trained_tokens
     run.scaler.scale(loss).backward()
@@ -267,8 +335,6 @@ def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> T
 
 def _penalise(run: Training) -> None:
     """Add the gradient of what the lifecycle puts on top of the loss, once a step; it has no share in the report."""
-    if not run.accelerator.is_main_process:
-        return  # gradients are summed over the processes
     for lifecycle in run.lifecycles:
         penalty = lifecycle.penalty(run)
         if penalty is not None:
@@ -279,24 +345,16 @@ def _seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
-def _synchronise(run: Training, losses: list[Tensor], rate: float) -> tuple[float, float]:
-    """Sum loss and gradients over the processes; returns the loss and the norm of the gradients."""
-    loss = torch.stack(losses).sum()
-    parameters = list(run.adapter.trainable().values())
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if run.accelerator.num_processes > 1:
-        loss = cast(Tensor, run.accelerator.reduce(loss, "sum"))
-        for parameter in parameters:
-            parameter.grad = cast(Tensor, run.accelerator.reduce(parameter.grad, "sum"))
+def _finished(run: Training, loss: Tensor, rate: float) -> tuple[float, float]:
+    """Let the parts have their say; returns the loss and the norm of the gradients."""
     run.scaler.unscale_(run.optimizer)
     for lifecycle in run.lifecycles:
         lifecycle.gradients(run)
     _watch(run, rate)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss, norm = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()  # the step's only wait
-    return loss, norm
+    gradients = [p.grad for p in run.adapter.trainable().values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    both = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()  # the step's only wait
+    return both[0], both[1]
 
 
 def _check_finite(
@@ -306,8 +364,9 @@ def _check_finite(
     if math.isfinite(loss) and (math.isfinite(grad_norm) or _is_overflow(run)):
         return
     what = "loss" if not math.isfinite(loss) else "gradient"
-    bad = [batch for batch, part in zip(batches, losses, strict=True) if not torch.isfinite(part)] or batches
-    rows = [run.examples[row].where for batch in bad for row in batch.rows]
+    bad = [batch for batch, part in zip(batches, losses, strict=True) if not torch.isfinite(part)]
+    rows = run.processes.all_of([run.examples[row].where for batch in bad for row in batch.rows])
+    rows = rows or run.processes.all_of([run.examples[row].where for batch in batches for row in batch.rows])
     shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
     raise UserError(
         f"the {what} is not a finite number in step {run.step + 1}; no weight was changed by it",
