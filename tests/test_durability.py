@@ -206,7 +206,9 @@ def test_a_run_killed_after_early_stopping_goes_on_to_the_same_bytes(bench, monk
     stopping = {"eval_steps": 1, "early_stopping_patience": 2, "save_steps": 1}
     whole, parts = bench.recipe(train=stopping), bench.recipe(train=stopping)
     losses = [3.0, 2.0, 2.1, 2.2, 1.0, 0.9]
-    monkeypatch.setattr(Story, "held_out_loss", lambda story: HeldOutLoss(losses[story.run.step - 1], 1, ()))
+    monkeypatch.setattr(
+        Story, "held_out_loss", lambda story, stop: HeldOutLoss(losses[story.run.step - 1], 1, ())
+    )
     train(whole, Screen())
     assert max(line["step"] for line in RunFolder(root_of(whole)).lines()) == 4
 
@@ -500,7 +502,7 @@ PHASES = {
     "loading": (models, "load"),
     "tokenising": (prepare, "load_data"),
     "injecting": (prepare, "training"),
-    "evaluating": (Story, "held_out_loss"),
+    "evaluating": (Story, "held_out_sums"),
     "saving a checkpoint": (checkpoint, "save"),
     "removing old ones": (checkpoint, "rotate"),
     "drawing": (save, "plot"),
@@ -562,7 +564,7 @@ def test_one_signal_in_any_phase_saves_and_says_so_and_nothing_is_lost(bench, mo
 def test_a_signal_breaks_an_evaluation_off_which_is_made_up_for(bench, monkeypatch, number):
     asked = bench.recipe()
     with monkeypatch.context() as patched:
-        calls = signalled(patched, (Story, "held_out_loss"), number)
+        calls = signalled(patched, (Story, "held_out_sums"), number)
         with pytest.raises(UserError, match="stopped after step 6 of 6") as caught:
             train(asked, Screen())
     assert caught.value.code is ExitCode.INTERRUPTED

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+import yaml
 from safetensors.torch import load_file
 
+from lora_cli.cli import app
 from lora_cli.errors import ExitCode
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run.train import train
@@ -212,3 +215,29 @@ def test_two_machines_give_the_bytes_of_one_process(bench, machines):
     assert [process.returncode for process in started] == [0, 0], said
     assert sum("2 processes" in each for each in said) == 1
     assert result(recipe) == result(alone)
+
+
+# ---- files for clusters ---------------------------------------------------------------------------------------------
+
+CLUSTER = ROOT / "scripts" / "cluster"
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each `lora train` in a shell script, its lines joined."""
+    found = re.findall(r"lora train (.*?)(?:\|\||$)", text.replace("\\\n", " "), re.MULTILINE)
+    return [re.sub(r'"[^"]*\$\([^)]*\)[^"]*"|"[^"]*"', "1", each).split() for each in found]
+
+
+def test_cluster_files_parse_and_start_commands_that_there_are(tmp_path):
+    slurm, sky = CLUSTER / "slurm.sh", yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
+    assert {*sky} <= {"name", "num_nodes", "resources", "envs", "workdir", "file_mounts", "setup", "run"}
+    scripts = {"slurm": slurm.read_text(), "setup": sky["setup"], "run": sky["run"]}
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(text)
+        subprocess.run(["bash", "-n", str(tmp_path / name)], check=True)
+    train_command = typer.main.get_command(app).commands["train"]
+    for text in (scripts["slurm"], scripts["run"]):
+        (words,) = commands(text)
+        options = {option for parameter in train_command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options
+        assert {"--processes", "--nodes", "--rendezvous", "--resume"} <= {*words}

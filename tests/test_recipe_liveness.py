@@ -243,7 +243,7 @@ MEASURED: dict[str, Case] = {
     "eval.batch_size": Case("computed", 3, WRITES),
     "eval.max_new_tokens": Case("measured", 9, WRITES),
 }
-ELSEWHERE = ("compare",)
+ELSEWHERE = ("compare", "train.deterministic")
 """Keys with a test of their own, below."""
 
 
@@ -467,6 +467,23 @@ def test_compare_plans_what_each_variant_says(runs: Runs) -> None:
     assert planned(3) == [("one", 3), ("two", 4)]
     with pytest.raises(UserError, match="nothing to compare"):
         compare.plan([runs.recipe({})])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_only_deterministic_kernels_are_taken_when_that_is_wanted(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    """What it says of several processes is shown in test_processes.py."""
+    seen, real = set[bool](), loop._backward
+
+    def noted(*arguments: Any) -> Any:
+        seen.add(torch.are_deterministic_algorithms_enabled())
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "_backward", noted)
+    runs.trained({"train.deterministic": wanted, "train.seed": 5})
+    assert seen == {wanted}
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_revision_of_a_hub_id_is_the_one_that_is_loaded(
