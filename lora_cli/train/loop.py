@@ -80,14 +80,12 @@ class Training:
     """Of a micro-batch; where the recipe sets it."""
 
     def __post_init__(self) -> None:
-        """A tensor that trains but has no optimizer would silently stay as it is."""
+        """Ask the parts what they need before the first step."""
         if self.train.micro_batch_size == "auto":
             self.max_tokens = token_budget(self.accelerator.device)
         else:
             self.max_rows = self.train.micro_batch_size
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        lost = [name for name, p in self.adapter.trainable().items() if id(p) not in held]
-        assert not lost, f"not in the optimizer: {lost}"
+        self.check_held()
         # Of torch, not of accelerate: its fp16 exists on GPUs only, and its state has to be in our checkpoints.
         self.scaler = torch.amp.GradScaler(
             self.accelerator.device.type, enabled=self.precision is torch.float16
@@ -105,6 +103,15 @@ class Training:
         self.order, self.order_epoch = np.empty(0, dtype=np.int64), -1
         self.skipped = 0
         """Steps skipped because a gradient overflowed in float16; the scaler lowers its factor and goes on."""
+
+    def check_held(self) -> None:
+        """A tensor that trains but has no optimizer would silently stay as it is; so would one that was frozen."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        trained = {id(p): name for name, p in self.adapter.trainable().items()}
+        lost = [name for key, name in trained.items() if key not in held]
+        assert not lost, f"not in the optimizer: {lost}"
+        frozen = [name for name, p in self.adapter.named_tensors().items() if id(p) in held - trained.keys()]
+        assert held == trained.keys(), f"in the optimizer, but frozen: {frozen}"
 
     def computing(self) -> AbstractContextManager[Any]:
         """Context in which the model computes in the recipe's precision."""
@@ -171,6 +178,7 @@ def train_steps(run: Training) -> Iterator[StepReport]:
 def _step(run: Training, rows: list[int]) -> StepReport:
     """One optimizer step on these rows."""
     began = time.perf_counter()
+    run.check_held()
     rate = optim.learning_rate(run.step, run.total_steps, run.train)
     rate *= math.prod(lifecycle.rate(run.step) for lifecycle in run.lifecycles)
     optim.set_learning_rate(run.optimizer, rate)
@@ -261,6 +269,8 @@ def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> T
     torch.manual_seed(_seed(run.train.seed, run.step, run.accelerator.process_index, index))
     with run.computing():
         loss = run.loss(batch, run.accelerator.device) / trained_tokens
+    if not loss.requires_grad:
+        raise _unconnected(run, list(run.adapter.trainable()), run.step + 1)
     run.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -355,14 +365,28 @@ def _check_connected(run: Training, steps: int) -> None:
             "train longer, or set train.precision: bfloat16 or float32",
         )
         raise UserError(what, where="train.precision", fix=fix, code=ExitCode.LEARNED_NOTHING)
-    dead = [name for name, ok in zip(run.adapter.trainable(), run.connected.tolist(), strict=True) if not ok]
-    everything = len(dead) == len(run.connected)
-    # A short run proves less: the factor beside a zero one has its first gradient in step 2.
-    if not dead or run.train.learning_rate == 0 or (steps < WATCHED_STEPS and not everything):
-        return
-    raise UserError(
-        f"{'nothing' if everything else dead[0]} received a gradient in the first {min(steps, WATCHED_STEPS)} steps",
-        where=f"{len(dead)} of {len(run.connected)} trained tensors",
+    seen = dict(zip(run.adapter.trainable(), run.connected.tolist(), strict=True))
+    dead = [name for name, ok in seen.items() if not ok]
+    if steps < WATCHED_STEPS and any(seen.values()):
+        dead = _of_dead_layers(run, dead)
+    if dead and run.train.learning_rate > 0:
+        raise _unconnected(run, dead, min(steps, WATCHED_STEPS))
+
+
+def _of_dead_layers(run: Training, dead: list[str]) -> list[str]:
+    """What a short run proves: the factor beside a zero one has its first gradient in step 2, the other in step 1."""
+    layers = (
+        [f"{name}.{key}" for key, p in layer.own_tensors().items() if p.requires_grad]
+        for name, layer in run.adapter.layers.items()
+    )
+    return [name for names in layers if set(names) <= set(dead) for name in names]
+
+
+def _unconnected(run: Training, dead: list[str], steps: int) -> UserError:
+    of = len(run.connected)
+    return UserError(
+        f"{'nothing' if len(dead) == of else dead[0]} received a gradient in the first {steps} steps",
+        where=f"{len(dead)} of {of} trained tensors",
         fix="leave these modules out with adapter.exclude_modules",
         code=ExitCode.LEARNED_NOTHING,
     )
