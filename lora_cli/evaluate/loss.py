@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.example import IGNORE, Batch
 from lora_cli.data.pack import Documents, micro_batches
+from lora_cli.errors import ExitCode, UserError, some_of
 from lora_cli.evaluate.mode import evaluating
 from lora_cli.train.loss import trained_logits
 
@@ -41,7 +42,11 @@ def held_out_loss(
     pad_id: int,
     rows: int | None = None,
 ) -> HeldOutLoss:
-    """The model's loss on the first `rows` examples (default: all); its mode is put back."""
+    """The model's loss on the first `rows` examples (default: all); its mode is put back.
+
+    Raises:
+        UserError: it is not a finite number; names the rows.
+    """
     count = len(examples) if rows is None else min(rows, len(examples))
     sums: dict[int, float] = {}
     tokens = 0
@@ -54,6 +59,11 @@ def held_out_loss(
                 sums |= zip(batch.rows, _sums(model, batch, device).tolist(), strict=True)
                 tokens += int((batch.labels[:, 1:] != IGNORE).sum())
     in_order = tuple(sums[row] for row in range(count))
+    bad = [examples[row].where for row, nats in enumerate(in_order) if not math.isfinite(nats)]
+    if bad:
+        what = f"the loss of {len(bad)} of {count} held-out rows is not a finite number"
+        fix = "look at these rows, or try --set model.dtype=float32"
+        raise UserError(what, where=f"rows {some_of(bad)}", fix=fix, code=ExitCode.NON_FINITE)
     return HeldOutLoss(sum(in_order) / tokens, tokens, in_order)
 
 

@@ -23,15 +23,16 @@ from lora_cli.run.curve import smoothed
 from lora_cli.run.folder import RunFolder
 from lora_cli.run.open import RECIPE, TEMPLATE
 from lora_cli.screen import Screen
-from lora_cli.train.loop import Training
+from lora_cli.train.loop import Training, check_weights
 
 
 def adapter(folder: RunFolder, run: Training, recipe: Recipe, language: LanguageModel) -> None:
     """Write adapter/ and read it back.
 
     Raises:
-        UserError: what is on disk is not what was trained.
+        UserError: what is on disk is not what was trained, or a weight is not a finite number.
     """
+    check_weights(run)
     with io_ops.new_folder(folder.adapter) as made:
         files.save(made, run.adapter, recipe.model.name, recipe.model.revision, recipe.model.add_tokens)
         io_ops.write_text(made / RECIPE, to_yaml(recipe))

@@ -22,12 +22,12 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lora_cli import parts
-from lora_cli.adapter.inject import Adapter
+from lora_cli.adapter.inject import Adapter, tensors_of
 from lora_cli.adapter.lifecycle import Lifecycle
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import Batch
 from lora_cli.data.pack import epoch_order, micro_batches
-from lora_cli.errors import ExitCode, UserError
+from lora_cli.errors import ExitCode, UserError, some_of
 from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
@@ -318,13 +318,28 @@ def _check_finite(
     what = "loss" if not math.isfinite(loss) else "gradient"
     bad = [batch for batch, part in zip(batches, losses, strict=True) if not torch.isfinite(part)] or batches
     rows = [run.examples[row].where for batch in bad for row in batch.rows]
-    shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
     raise UserError(
         f"the {what} is not a finite number in step {run.step + 1}; no weight was changed by it",
-        where=f"rows {shown}",
+        where=f"rows {some_of(rows)}",
         fix="lower train.learning_rate, or look at these rows; the last checkpoint is good",
         code=ExitCode.NON_FINITE,
     )
+
+
+def check_weights(run: Training) -> None:
+    """Refuse what an update has made infinite: nobody could go on from it, or use it.
+
+    Raises:
+        UserError: naming a tensor.
+    """
+    bad = [name for name, tensor in tensors_of(run.adapter).items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(
+            f"the trained weights are not finite numbers after step {run.step}, and are not saved",
+            where=some_of(bad),
+            fix="lower train.learning_rate; the last checkpoint is good",
+            code=ExitCode.NON_FINITE,
+        )
 
 
 def _is_overflow(run: Training) -> bool:
