@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -26,6 +27,7 @@ from lora_cli import attention, cli
 from lora_cli.adapter import files
 from lora_cli.data.example import Example
 from lora_cli.errors import ExitCode, UserError
+from lora_cli.evaluate import loss as losses
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import prepare
 from lora_cli.run import save as saving
@@ -304,3 +306,89 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_names(bench
     assert wrong in error.what
     assert nearest in error.fix
     assert error.where == f"adapter.{key}"
+
+
+# G12: what is not finite reaches neither weights nor checkpoints
+
+
+def in_the_loss(run: loop.Training, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Loss.__call__
+    monkeypatch.setattr(Loss, "__call__", lambda own, batch, device: real(own, batch, device) + value)
+
+
+def in_one_gradient(run: loop.Training, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = random.choice([layer.delta for layer in run.adapter.layers.values()])
+    parameter = random.choice([p for p in delta.parameters() if p.requires_grad])
+
+    def poisoned(gradient: Tensor) -> Tensor:
+        found = gradient.clone()
+        found.view(-1)[random.randrange(found.numel())] = value
+        return found
+
+    parameter.register_hook(poisoned)
+
+
+def in_the_base(run: loop.Training, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        base = random.choice(list(run.adapter.layers.values())).base_layer.weight
+        base.view(-1)[random.randrange(base.numel())] = value
+
+
+def in_evaluation(run: loop.Training, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = losses._sums
+
+    def poisoned(*arguments: Any) -> Tensor:
+        found = real(*arguments)
+        found[random.randrange(len(found))] = value
+        return found
+
+    monkeypatch.setattr(losses, "_sums", poisoned)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("inject", [in_the_loss, in_one_gradient, in_the_base, in_evaluation])
+def test_what_is_not_finite_ends_the_run_with_the_weights_of_the_step_before(
+    bench, started, monkeypatch, capsys, inject, value
+):
+    asked = bench.recipe(train={"save_steps": 1, "eval_steps": 1, "keep_checkpoints": 9})
+    last, real = random.randrange(1, 6), loop._step
+
+    def step(run: loop.Training, rows: list[int]) -> loop.StepReport:
+        if run.step == last:
+            inject(run, value, monkeypatch)
+        return real(run, rows)
+
+    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(sys, "argv", ["lora", "train", str(bench.file(asked))])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == ExitCode.NON_FINITE
+    said = capsys.readouterr().err.replace("\n", "")
+    assert "not a finite number" in said
+    assert "rows.jsonl:" in said
+    assert not (root_of(asked) / "adapter").exists()
+    kept = [path.name for path in checkpoint._all(root_of(asked) / "checkpoints")]
+    assert kept == [f"step-{step:06d}" for step in range(1, last + 1)], "the step that was not taken is not saved"
+    saved = load_file(root_of(asked) / "checkpoints" / kept[-1] / checkpoint.ADAPTER)
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    if inject is not in_evaluation:  # that comes after the step, which was good
+        now = started[0].adapter.named_tensors()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in now.items())
+    log = (root_of(asked) / "log.jsonl").read_text()
+    assert "NaN" not in log
+    assert "Infinity" not in log
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_no_evaluation_that_is_not_finite_is_ever_the_best(bench, monkeypatch, patience):
+    settings_ = {"eval_steps": 1, "epochs": 3, "early_stopping_patience": patience}
+    asked = bench.recipe(train=settings_)
+    in_evaluation(None, math.nan, monkeypatch)
+    assert "held-out" in refused(asked, ExitCode.NON_FINITE).what
+
+
+def test_an_update_that_makes_weights_infinite_is_never_saved(bench):
+    for more in ({"save_steps": 1}, {"epochs": None, "max_steps": 1}):
+        asked = bench.recipe(train={"learning_rate": 1e39, **more}, data={"eval_fraction": 0})
+        assert "not finite" in refused(asked, ExitCode.NON_FINITE).what
+        assert not checkpoint._all(root_of(asked) / "checkpoints")
