@@ -5,6 +5,7 @@ Each heading is one guarantee. What is disturbed is disturbed from outside; the 
 
 import copy
 import itertools
+import json
 import math
 import random
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,15 +21,19 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.utils import checkpoint as recompute
 
 from lora_cli import attention, cli
 from lora_cli.adapter import files
-from lora_cli.data.example import Example
+from lora_cli.data import format as formats
+from lora_cli.data.example import IGNORE, Example
+from lora_cli.data.pack import micro_batches
+from lora_cli.data.row import Row
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.evaluate import loss as losses
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import DataRecipe, Recipe
 from lora_cli.run import prepare
 from lora_cli.run import save as saving
 from lora_cli.run.open import open_model
@@ -368,7 +373,9 @@ def test_what_is_not_finite_ends_the_run_with_the_weights_of_the_step_before(
     assert "rows.jsonl:" in said
     assert not (root_of(asked) / "adapter").exists()
     kept = [path.name for path in checkpoint._all(root_of(asked) / "checkpoints")]
-    assert kept == [f"step-{step:06d}" for step in range(1, last + 1)], "the step that was not taken is not saved"
+    assert kept == [f"step-{step:06d}" for step in range(1, last + 1)], (
+        "the step that was not taken is not saved"
+    )
     saved = load_file(root_of(asked) / "checkpoints" / kept[-1] / checkpoint.ADAPTER)
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
     if inject is not in_evaluation:  # that comes after the step, which was good
@@ -392,3 +399,232 @@ def test_an_update_that_makes_weights_infinite_is_never_saved(bench):
         asked = bench.recipe(train={"learning_rate": 1e39, **more}, data={"eval_fraction": 0})
         assert "not finite" in refused(asked, ExitCode.NON_FINITE).what
         assert not checkpoint._all(root_of(asked) / "checkpoints")
+
+
+# G13: short of memory, the same step is computed in smaller pieces
+
+
+class ShortOfMemory(torch.autograd.Function):
+    """The identity, whose backward pass finds no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, step: int, most: int, where: str) -> None:
+    """From a step on, no more than `most` rows at once."""
+    real, real_step, now = Loss.__call__, loop._step, [0]
+
+    def watched(run: loop.Training, rows: list[int]) -> loop.StepReport:
+        now[0] = run.step
+        return real_step(run, rows)
+
+    def tight(own: Loss, batch: Any, device: torch.device) -> Tensor:
+        if now[0] < step or len(batch.rows) <= most:
+            return real(own, batch, device)
+        if where == "forward":
+            raise torch.OutOfMemoryError
+        return ShortOfMemory.apply(real(own, batch, device))
+
+    monkeypatch.setattr(loop, "_step", watched)
+    monkeypatch.setattr(Loss, "__call__", tight)
+
+
+def smaller_from(monkeypatch: pytest.MonkeyPatch, step: int, most: int) -> None:
+    """The run that is told to compute so many rows at once from a step on."""
+    real = loop._step
+
+    def told(run: loop.Training, rows: list[int]) -> loop.StepReport:
+        if run.step == step:
+            run.max_rows = most
+        return real(run, rows)
+
+    monkeypatch.setattr(loop, "_step", told)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("at_first", [True, False])
+def test_out_of_memory_gives_the_run_with_the_smaller_micro_batch(bench, monkeypatch, where, at_first):
+    """To the bit the one that computes less at once from the same step on, and to rounding the one that always did."""
+    step, most = 0 if at_first else random.randrange(1, 6), random.choice([1, 2])
+    train_settings = {
+        "batch_size": 9,
+        "epochs": None,
+        "max_steps": 6,
+        "optimizer": "sgd",
+        "learning_rate": 0.1,
+    }
+
+    def tensors(rows: int) -> dict[str, Tensor]:
+        asked = bench.recipe(adapter={"dropout": 0.0}, train={**train_settings, "micro_batch_size": rows})
+        return load_file(train(asked, Screen()) / files.WEIGHTS)
+
+    stated = tensors(most)
+    with monkeypatch.context() as patched:
+        smaller_from(patched, step, most)
+        told = tensors(8)
+    short_of_memory(monkeypatch, step, most, where)
+    found = tensors(8)
+    assert all(torch.equal(found[name], told[name]) for name in told)
+    assert distance(joined(list(found.values())), joined(list(stated.values()))) <= 1e-6
+    if at_first:
+        assert all(torch.equal(found[name], stated[name]) for name in stated)
+
+
+# G14: what is learned is the answer and its end, behind one BOS
+
+
+class Chat(NamedTuple):
+    """How a family of models writes a chat; `{}` stands for the answer."""
+
+    template: str
+    written: str
+    """What generation writes for an answer, with the end of the turn."""
+    special: tuple[str, ...]
+    turns: bool = True
+    """Whether BOS stands once in a conversation of several turns, too."""
+
+
+def each(user: str, assistant: str, generate: str, start: str = "") -> str:
+    """A template that writes every turn by its role."""
+    return (
+        f"{start}{{% for m in messages %}}{{% if m['role'] == 'user' %}}{user}{{% else %}}{assistant}{{% endif %}}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{generate}{{% endif %}}"
+    )
+
+
+def marked(
+    open_: str, close: str, start: str = "{{ bos_token }}", role: str = "assistant", gap: str = "\n"
+) -> str:
+    """A template with a header before and an end after each turn."""
+    turn = f"{open_.replace('ROLE', '{{ name }}')}{{{{ m['content'] | trim }}}}{close}"
+    return (
+        f"{start}{{% for m in messages %}}{{% set name = '{role}' if m['role'] == 'assistant' else m['role'] %}}"
+        f"{turn}{gap}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{open_.replace('ROLE', role)}{{% endif %}}"
+    )
+
+
+C = "{{ m['content'] }}"
+CHATS = {
+    "chatml": Chat(
+        marked("<|im_start|>ROLE\n", "<|im_end|>", ""), "{}<|im_end|>", ("<|im_start|>", "<|im_end|>")
+    ),
+    "llama2": Chat(
+        each(f"{{{{ bos_token }}}}[INST] {C} [/INST]", f" {C} {{{{ eos_token }}}}", ""), " {} EOS", (), False
+    ),
+    "llama3": Chat(
+        marked("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", gap=""),
+        "{}<|eot_id|>",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "mistral": Chat(
+        each(f"[INST] {C}[/INST]", f" {C}{{{{ eos_token }}}}", "", "{{ bos_token }}"), " {}EOS", ()
+    ),
+    "gemma": Chat(
+        marked("<start_of_turn>ROLE\n", "<end_of_turn>", role="model"),
+        "{}<end_of_turn>",
+        ("<start_of_turn>", "<end_of_turn>"),
+    ),
+    "phi": Chat(marked("<|ROLE|>\n", "<|end|>", ""), "{}<|end|>", ("<|user|>", "<|assistant|>", "<|end|>")),
+    "zephyr": Chat(marked("<|ROLE|>\n", "{{ eos_token }}", ""), "{}EOS", ()),
+    "vicuna": Chat(
+        each(f"USER: {C} ", f"ASSISTANT: {C}{{{{ eos_token }}}}", "ASSISTANT:", "{{ bos_token }}"),
+        " {}EOS",
+        (),
+    ),
+    "alpaca": Chat(
+        each(f"### Instruction:\n{C}\n\n", f"### Response:\n{C}{{{{ eos_token }}}}\n\n", "### Response:\n"),
+        "{}EOS",
+        (),
+    ),
+    "deepseek": Chat(
+        each(f"User: {C}\n\n", f"Assistant: {C}{{{{ eos_token }}}}", "Assistant:", "{{ bos_token }}"),
+        " {}EOS",
+        (),
+    ),
+    "qwen": Chat(
+        "<|im_start|>system\nBe kind.<|im_end|>\n" + marked("<|im_start|>ROLE\n", "<|im_end|>", ""),
+        "{}<|im_end|>",
+        ("<|im_start|>", "<|im_end|>"),
+    ),
+    "command-r": Chat(
+        each(
+            f"<|START|><|USER|>{C}<|END|>",
+            f"<|START|><|BOT|>{C}<|END|>",
+            "<|START|><|BOT|>",
+            "{{ bos_token }}",
+        ),
+        "{}<|END|>",
+        ("<|START|>", "<|USER|>", "<|BOT|>", "<|END|>"),
+    ),
+}
+said = st.text(st.sampled_from("abcXYZ09äß字.,!? "), min_size=1, max_size=12).map(str.strip).filter(bool)
+
+
+def speaker(chat: Chat) -> Any:
+    """A tokenizer whose pad token is its end token, and which puts BOS in front by habit."""
+    tokenizer = tiny.tokenizer(chat.template)
+    tokenizer.add_tokens(list(chat.special), special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token = "<eos>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", None, [("<bos>", 1)])
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", CHATS)
+@settings(max_examples=6, deadline=None)
+@given(st.lists(st.tuples(said, said), min_size=1, max_size=3))
+def test_what_a_batch_teaches_is_each_answer_and_its_end_behind_one_bos(name, turns):
+    chat, tokenizer = CHATS[name], speaker(CHATS[name])
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    recipe = DataRecipe.model_validate({"train": "a", "format": "messages"})
+    form = formats.make(recipe, tokenizer, ["messages"])
+    examples = form.examples(Row({"messages": messages}, "rows.jsonl:1"))
+    longer = Example((7,) * 400, (False, *[True] * 399), "rows.jsonl:2")  # so that the others are padded
+    for packing in (False, True):
+        batches = micro_batches(
+            [*examples, longer],
+            range(len(examples) + 1),
+            max_tokens=None,
+            max_rows=None,
+            packing=packing,
+            pad_id=tokenizer.pad_token_id,
+        )
+        taught = [
+            token
+            for batch in batches
+            for token in batch.labels.flatten().tolist()
+            if token not in (IGNORE, 7)
+        ]
+        right = "".join(chat.written.format(answer) for _, answer in turns)
+        assert tokenizer.decode(taught) == right.replace("EOS", tokenizer.eos_token)
+    for example in examples:
+        count = example.input_ids.count(tokenizer.bos_token_id)
+        assert count <= 1 or (not chat.turns and count <= len(turns)), (
+            "the template itself writes one for each turn"
+        )
+
+
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_rows_that_teach_nothing_are_an_error_or_counted_and_never_a_loss_of_zero(bench, tmp_path, template):
+    rows = [{"question": "a", "answer": answer} for answer in ("b", "", "c", " ", "d", "e")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(file), "eval_fraction": 0, "chat_template": template}
+    error = refused(bench.recipe(data=data), ExitCode.DATA)
+    assert all(f"rows.jsonl:{line} " in error.what for line in (2, 4))
+    asked = bench.recipe(data={**data, "overflow": "drop"})
+    train(asked, Screen())
+    file.write_text("".join(json.dumps({**row, "answer": ""}) + "\n" for row in rows))
+    for overflow in ("error", "drop", "truncate"):
+        refused(bench.recipe(data={**data, "overflow": overflow}), ExitCode.DATA)
