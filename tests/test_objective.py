@@ -7,11 +7,14 @@ import copy
 import itertools
 import json
 import math
+import os
 import random
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,25 +27,31 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.utils import checkpoint as recompute
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lora_cli import attention, cli
 from lora_cli.adapter import files
+from lora_cli.data import cache
 from lora_cli.data import format as formats
 from lora_cli.data.example import IGNORE, Example
 from lora_cli.data.pack import micro_batches
 from lora_cli.data.row import Row
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.evaluate import loss as losses
+from lora_cli.recipe.load import load
 from lora_cli.recipe.schema import DataRecipe, Recipe
 from lora_cli.run import prepare
-from lora_cli.run import save as saving
+from lora_cli.run.check import check
+from lora_cli.run.folder import RunFolder
+from lora_cli.run.merge import TOLERANCES, merge
 from lora_cli.run.open import open_model
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
-from lora_cli.train import checkpoint, loop, optim
+from lora_cli.train import checkpoint, loop
 from lora_cli.train.loss import Loss
 from tests import tiny
-from tests.bench import Bench, root_of
+from tests.bench import SMALL, Bench, contents, often, result, root_of
+from tests.forking import ROOT
 from tests.training import Rows, distance, fresh, training
 
 SPLITS = (8, 4, 2, 1)
@@ -628,3 +637,219 @@ def test_rows_that_teach_nothing_are_an_error_or_counted_and_never_a_loss_of_zer
     file.write_text("".join(json.dumps({**row, "answer": ""}) + "\n" for row in rows))
     for overflow in ("error", "drop", "truncate"):
         refused(bench.recipe(data={**data, "overflow": overflow}), ExitCode.DATA)
+
+
+# G15: the merged model is base and adapter
+
+
+def test_a_trained_adapter_merged_is_base_and_adapter_and_both_stay_as_they_were(tmp_path):
+    """Tied ends, Conv1D, biases, added tokens, a template of its own: GPT-2 has or gets them all at once."""
+    tiny.model("gpt2", random.getrandbits(16)).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    kept = GenerationConfig(do_sample=True, temperature=0.3, eos_token_id=[2, 4])
+    (tmp_path / "base" / "generation_config.json").write_text(kept.to_json_string(use_diff=False))
+    template = tmp_path / "mine.jinja"
+    template.write_text("{# mine #}" + tiny.CHATML)
+    rows = [{"prompt": f"{a}?", "completion": f"<|think|>{a}<|answer|>{a + 1}"} for a in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens = ("<|think|>", "<|answer|>")
+    asked = Recipe.model_validate(
+        {
+            "model": {"name": str(tmp_path / "base"), "dtype": "float32", "add_tokens": tokens},
+            "data": {"train": str(tmp_path / "rows.jsonl"), "chat_template": str(template)},
+            "adapter": {"r": 2, "lora_bias": True, "train_also": ("norms",)},
+            "train": {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2},
+            "output": {"dir": str(tmp_path / "run")},
+        }
+    )
+    folder = train(asked, Screen())
+    opened = open_model([folder])
+    live, ids = opened.language.model.eval(), opened.language.tokenizer(rows[0]["completion"])["input_ids"]
+    assert {261, 262} <= set(ids)
+    x = torch.tensor([ids])
+    before = contents(tmp_path / "base"), contents(tmp_path / "run")
+    for dtype, bound in (("float32", 1e-5), ("bfloat16", TOLERANCES["bfloat16"])):
+        merged = tmp_path / dtype
+        merge(folder, merged, dtype, Screen())
+        alone = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+        with torch.no_grad():
+            assert distance(alone(x).logits, live(x).logits) <= bound
+        speaks = AutoTokenizer.from_pretrained(merged)
+        assert speaks.chat_template == template.read_text()
+        assert speaks(rows[0]["completion"])["input_ids"] == ids
+        assert GenerationConfig.from_pretrained(merged).temperature == 0.3
+        assert GenerationConfig.from_pretrained(merged).eos_token_id == [2, 4]
+        with pytest.raises(UserError, match="holds no adapter"):
+            merge(merged, tmp_path / "twice", dtype, Screen())
+    assert (contents(tmp_path / "base"), contents(tmp_path / "run")) == before
+
+
+# G16: evaluation is repeatable and disturbs nothing
+
+
+def test_a_run_that_is_evaluated_at_every_step_is_the_run_that_never_is(bench, tmp_path):
+    rows = (bench.folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[:9]))
+    (tmp_path / "eval.jsonl").write_text("".join(rows[9:]))
+    data = {"train": str(tmp_path / "train.jsonl"), "eval_fraction": 0}
+    never = bench.recipe(data=data)
+    always = bench.recipe(
+        data={**data, "eval": str(tmp_path / "eval.jsonl")},
+        train={"eval_steps": 1},
+        eval={"samples": 2, "max_new_tokens": 3},
+    )
+    for asked in (never, always):
+        train(asked, Screen())
+    evaluated = [line for line in RunFolder(root_of(always)).lines() if "eval_loss" in line]
+    assert len(evaluated) == 6
+    for name in (checkpoint.ADAPTER, checkpoint.OPTIMIZER):
+        last = Path("checkpoints") / "step-000006" / name
+        assert (root_of(always) / last).read_bytes() == (root_of(never) / last).read_bytes()
+    assert result(always)[0] == result(never)[0]
+
+
+# G17: the same recipe gives the same bytes
+
+
+REPEAT = """
+import hashlib, json, sys
+from pathlib import Path
+from lora_cli.recipe.load import load
+from lora_cli.run.evaluate import evaluate
+from lora_cli.run.train import train
+from lora_cli.screen import Screen
+
+def digests(path, output):
+    folder = train(load(Path(path), [f"output.dir={output}"]).recipe, Screen())
+    report = evaluate(folder, None, [], Screen())
+    del report["path"], report["predictions"]
+    found = [(folder / "adapter_model.safetensors").read_bytes(), json.dumps(report).encode()]
+    found.append((Path(output) / "predictions.jsonl").read_bytes())
+    return [hashlib.sha256(each).hexdigest() for each in found]
+
+if __name__ == "__main__":
+    print(json.dumps(digests(*sys.argv[1:])))
+"""
+
+
+def test_a_recipe_gives_the_same_adapter_and_report_in_every_process(bench, tmp_path):
+    """Each has another seed of hashes, another folder, and tokenises anew."""
+    path = bench.file(bench.recipe("stated", eval={"metrics": ("loss", "exact_match"), "max_new_tokens": 3}))
+    code: dict[str, Any] = {"__name__": "here"}
+    exec(REPEAT, code)
+    expected = code["digests"](path, tmp_path / "here")
+    for number in range(often(2, 10)):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(number + 1)}
+        environment.pop("LORA_CACHE", None)
+        command = [sys.executable, "-c", REPEAT, str(path), str(tmp_path / str(number))]
+        assert json.loads(subprocess.check_output(command, env=environment, text=True)) == expected
+
+
+def test_what_is_found_tokenised_gives_the_same_bytes(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_CACHE", str(tmp_path))
+    train(cold := bench.recipe(), Screen())
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(formats.Format, "examples", never)
+    train(warm := bench.recipe(), Screen())
+    assert result(warm) == result(cold) == bench.expected
+
+
+@pytest.mark.parametrize("library", ["transformers", "tokenizers", "jinja2"])
+def test_another_version_of_what_makes_the_examples_is_another_key(monkeypatch, library):
+    real = metadata.version
+    before = cache.key(tiny.tokenizer(), "x")
+    monkeypatch.setattr(metadata, "version", lambda name: real(name) + (".post1" if name == library else ""))
+    assert cache.key(tiny.tokenizer(), "x") != before
+
+
+# G22: what does not fit is refused before the first step, with both numbers
+
+
+@pytest.fixture
+def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(loop, "_step", never)
+
+
+def speaking(folder: Path, **special: Any) -> Path:
+    """A model whose tokenizer has one token more than its embedding has rows."""
+    tiny.model(num_hidden_layers=1, max_position_embeddings=64).save_pretrained(folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<|more|>"], special_tokens=True)
+    for name, value in special.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+BEYOND = {
+    "id": ("b<|more|>c", "token id 261, .* has 261 rows", "model.name"),
+    "length": ("b" * 100, r"\d{3} tokens, .* 64 positions", "data.max_length"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize(("answer", "both", "key"), BEYOND.values(), ids=BEYOND)
+def test_ids_and_lengths_beyond_the_model_are_refused_before_the_first_step(
+    bench, tmp_path, no_step, split, answer, both, key
+):
+    answers = {"train": "b", "eval": "b", split: answer}
+    for name, text in answers.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "a", "answer": text}) + "\n")
+    files_ = {name: str(tmp_path / f"{name}.jsonl") for name in answers}
+    asked = bench.recipe(
+        model={"name": str(speaking(tmp_path / "model"))}, data={**files_, "eval_fraction": 0}
+    )
+    error = refused(asked, ExitCode.MODEL)
+    assert re.search(both, error.what), error
+    assert error.where == key
+    with pytest.raises(UserError, match=both):
+        check(load(bench.file(asked)), Screen(), 0)
+
+
+def test_rows_may_be_as_long_as_the_model_has_positions(bench, tmp_path):
+    folder = speaking(tmp_path / "model")
+    for length, fits in ((63, True), (64, False)):  # and the end token
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "b" * length}) + "\n")
+        data = {"train": str(tmp_path / "rows.jsonl"), "format": "text", "eval_fraction": 0}
+        asked = bench.recipe(model={"name": str(folder)}, data=data)
+        if fits:
+            train(asked, Screen())
+        else:
+            assert "65 tokens, the model has 64 positions" in refused(asked, ExitCode.MODEL).what
+
+
+def test_a_pad_token_that_the_embedding_has_no_row_for_pads_nothing(bench, tmp_path):
+    rows = [{"question": "a" * n, "answer": "b"} for n in range(1, 9)]  # of other lengths: they are padded
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    digests = []
+    for name, pad in (("within", "<pad>"), ("beyond", "<|more|>")):
+        folder = speaking(tmp_path / name, pad_token=pad)
+        data = {"train": str(tmp_path / "rows.jsonl"), "packing": False}
+        train(asked := bench.recipe(model={"name": str(folder)}, data=data), Screen())
+        digests.append(result(asked))
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "adapter", "both"),
+    [
+        ({"hidden_size": 24}, {}, r"\(16, 2\) instead of \(24, 2\)"),
+        ({"vocab_size": 300}, {"train_also": ("head",)}, r"\(261, 16\) instead of \(300, 16\)"),
+        ({"intermediate_size": 20}, {"target_modules": ("up_proj",)}, r"\(16, 2\) instead of \(20, 2\)"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused_with_both_shapes(bench, tmp_path, config, adapter, both):
+    folder = train(bench.recipe(adapter=adapter), Screen())
+    tiny.model("llama", **{**SMALL, "head_dim": 8, **config}).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError) as caught:
+        open_model([folder], base=str(tmp_path / "other"))
+    assert caught.value.code is ExitCode.MODEL
+    assert re.search(both, caught.value.what), caught.value
+    assert str(bench.folder / "model") in caught.value.fix
