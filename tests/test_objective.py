@@ -7,10 +7,8 @@ import copy
 import itertools
 import json
 import math
-import os
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,6 +40,7 @@ from lora_cli.recipe.load import load
 from lora_cli.recipe.schema import DataRecipe, Recipe
 from lora_cli.run import prepare
 from lora_cli.run.check import check
+from lora_cli.run.evaluate import evaluate
 from lora_cli.run.folder import RunFolder
 from lora_cli.run.merge import TOLERANCES, merge
 from lora_cli.run.open import open_model
@@ -51,7 +50,7 @@ from lora_cli.train import checkpoint, loop
 from lora_cli.train.loss import Loss
 from tests import tiny
 from tests.bench import SMALL, Bench, contents, often, result, root_of
-from tests.forking import ROOT
+from tests.forking import forker
 from tests.training import Rows, distance, fresh, training
 
 SPLITS = (8, 4, 2, 1)
@@ -711,38 +710,32 @@ def test_a_run_that_is_evaluated_at_every_step_is_the_run_that_never_is(bench, t
 # G17: the same recipe gives the same bytes
 
 
-REPEAT = """
-import hashlib, json, sys
-from pathlib import Path
-from lora_cli.recipe.load import load
-from lora_cli.run.evaluate import evaluate
-from lora_cli.run.train import train
-from lora_cli.screen import Screen
-
-def digests(path, output):
-    folder = train(load(Path(path), [f"output.dir={output}"]).recipe, Screen())
-    report = evaluate(folder, None, [], Screen())
-    del report["path"], report["predictions"]
-    found = [(folder / "adapter_model.safetensors").read_bytes(), json.dumps(report).encode()]
-    found.append((Path(output) / "predictions.jsonl").read_bytes())
-    return [hashlib.sha256(each).hexdigest() for each in found]
-
-if __name__ == "__main__":
-    print(json.dumps(digests(*sys.argv[1:])))
-"""
+def report_in(said: str) -> dict[str, Any]:
+    """The report of `lora eval --json`, without the names of files."""
+    line = next(line for line in said.splitlines() if line.startswith("{"))
+    return {key: value for key, value in json.loads(line).items() if key not in ("path", "predictions")}
 
 
-def test_a_recipe_gives_the_same_adapter_and_report_in_every_process(bench, tmp_path):
-    """Each has another seed of hashes, another folder, and tokenises anew."""
-    path = bench.file(bench.recipe("stated", eval={"metrics": ("loss", "exact_match"), "max_new_tokens": 3}))
-    code: dict[str, Any] = {"__name__": "here"}
-    exec(REPEAT, code)
-    expected = code["digests"](path, tmp_path / "here")
-    for number in range(often(2, 10)):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(number + 1)}
-        environment.pop("LORA_CACHE", None)
-        command = [sys.executable, "-c", REPEAT, str(path), str(tmp_path / str(number))]
-        assert json.loads(subprocess.check_output(command, env=environment, text=True)) == expected
+def test_a_recipe_gives_the_same_adapter_and_report_in_every_process(bench, monkeypatch):
+    """Each tokenises anew, in a folder of its own, and hashes otherwise than this one."""
+    wanted = {"metrics": ("loss", "exact_match"), "max_new_tokens": 3}
+    monkeypatch.setenv("PYTHONHASHSEED", str(random.randrange(1, 2**32)))
+    found = []
+    with forker() as process:
+        for _ in range(often(2, 9)):
+            asked = bench.recipe(eval=wanted)
+            assert process.run(["train", str(bench.file(asked))])["code"] == 0
+            said = process.run(["eval", str(root_of(asked)), "--json"])["said"]
+            lines = (root_of(asked) / "predictions.jsonl").read_bytes()
+            found.append((result(asked), report_in(said), lines))
+    train(here := bench.recipe(eval=wanted), Screen())
+    report = evaluate(root_of(here), None, [], Screen())
+    lines = (root_of(here) / "predictions.jsonl").read_bytes()
+    again = evaluate(root_of(here) / "adapter", None, [], Screen(), output=root_of(here) / "again.jsonl")
+    assert (root_of(here) / "again.jsonl").read_bytes() == lines
+    for each_ in (report, again):
+        assert (result(here), report_in(json.dumps(each_)), lines) == found[0]
+    assert all(each_ == found[0] for each_ in found)
 
 
 def test_what_is_found_tokenised_gives_the_same_bytes(bench, tmp_path, monkeypatch):
