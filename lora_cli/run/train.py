@@ -171,7 +171,7 @@ class Story:
         return improved
 
     def held_out_loss(self) -> HeldOutLoss:
-        """On the rows that are not learned from."""
+        """On the rows that are not learned from, as many at once as there was memory for in training."""
         assert self.datasets.eval is not None
         device = self.run.accelerator.device
         with self.run.computing():
@@ -179,7 +179,7 @@ class Story:
                 self.run.model,
                 self.datasets.eval,
                 device=device,
-                max_tokens=token_budget(device),
+                max_tokens=self.run.max_tokens or token_budget(device),
                 pad_id=self.run.pad_id,
                 rows=self.recipe.eval.max_rows,
             )
