@@ -511,6 +511,21 @@ def test_out_of_memory_gives_the_run_with_the_smaller_micro_batch(bench, monkeyp
         assert all(torch.equal(found[name], stated[name]) for name in stated)
 
 
+def test_evaluation_takes_no_more_at_once_than_training_had_memory_for(bench, monkeypatch):
+    real_loss, real_sums, cells = Loss.__call__, losses._sums, 60
+
+    def within(batch: Any) -> None:
+        if batch.input_ids.numel() > cells:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(
+        Loss, "__call__", lambda own, batch, at: (within(batch), real_loss(own, batch, at))[1]
+    )
+    monkeypatch.setattr(losses, "_sums", lambda m, batch, at: (within(batch), real_sums(m, batch, at))[1])
+    train(asked := bench.recipe(train={"micro_batch_size": "auto"}), Screen())
+    assert any("eval_loss" in line for line in RunFolder(root_of(asked)).lines())
+
+
 # G14: what is learned is the answer and its end, behind one BOS
 
 
