@@ -46,8 +46,9 @@ def attend(
     lengths = None if attention_mask is None else documents(attention_mask)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    # In float32: PyTorch's CPU kernels for 16 bits take several times as long on short documents.
-    each = zip(*(t.float().split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    # Not in 16 bits: PyTorch's CPU kernels for them take several times as long on short documents.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    each = zip(*(t.to(wide).split(lengths, dim=2) for t in (query, key, value)), strict=True)
     alone = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in each]
     return torch.cat(alone, 1).to(query.dtype), None
 

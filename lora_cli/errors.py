@@ -5,14 +5,17 @@ UserError       a message for a person: what is wrong, where, what to do; never 
 └ AloneError         another process of the run is gone
 ExitCode        published; scripts rely on it
 short           what a user wrote, as it stands in a message
+some_of         the first of many places, and how many more there are
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 LONGEST = 60
 """Characters of what a user wrote that a message repeats."""
+SHOWN = 5
+"""Places named in an error that is about many."""
 USER = re.compile(r"(:/+)[^/\s@\"']+(?=@)")
 """Name and password in an address."""
 
@@ -21,6 +24,12 @@ def short(text: str) -> str:
     """Long text cut, and what a terminal does not show as a character escaped: a message stays one, on its lines."""
     text = text if len(text) <= LONGEST else text[:LONGEST] + "…"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def some_of(places: Sequence[str]) -> str:
+    """The first few of many, and how many more there are."""
+    more = len(places) - SHOWN
+    return ", ".join(places[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 class ExitCode(IntEnum):

@@ -41,9 +41,13 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """What fills up padded rows; never learned from, so any id will do."""
+        """What fills up padded rows; never learned from, so any id will do that the embedding has a row for.
+
+        A pad token that was added to the tokenizer alone has none.
+        """
+        rows = end_modules(self.model)[0].weight.shape[0]
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and token < rows:
                 return token
         return 0
 

@@ -14,12 +14,12 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_cli import io_ops
@@ -31,6 +31,8 @@ from lora_cli.errors import UserError
 INDEX, IDS, TRAINED, OFFSETS, ROWS, REJECTED = (
     "index.json", "ids.bin", "trained.bin", "offsets.bin", "rows.bin", "rejected.jsonl"
 )  # fmt: skip
+LIBRARIES = ("jinja2", "tokenizers", "transformers")
+"""What else decides which ids a row becomes."""
 SHOWN = 5
 """Rows named in an error that is about many."""
 
@@ -119,7 +121,8 @@ def key(tokenizer: PreTrainedTokenizerBase, *described: Any) -> str:
         described: JSON values: names and hashes of the files, the recipe's choices.
     """
     code = [path.read_bytes().hex() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    content = json.dumps([transformers.__version__, code, _state(tokenizer), described], sort_keys=True)
+    versions = [metadata.version(name) for name in LIBRARIES]
+    content = json.dumps([versions, code, _state(tokenizer), described], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 

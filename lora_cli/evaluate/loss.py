@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.example import IGNORE, Batch
 from lora_cli.data.pack import Documents, micro_batches
+from lora_cli.errors import ExitCode, UserError, some_of
 from lora_cli.evaluate.mode import evaluating
 from lora_cli.train.loss import trained_logits
 
@@ -28,9 +29,18 @@ class HeldOutLoss:
     """−Σ log p over the trained tokens of each example."""
 
     @classmethod
-    def of(cls, table: Tensor) -> "HeldOutLoss":
-        """From what `row_sums` gives, of all processes."""
+    def of(cls, table: Tensor, examples: Documents) -> "HeldOutLoss":
+        """From what `row_sums` gives, of all processes.
+
+        Raises:
+            UserError: it is not a finite number; names the rows.
+        """
         sums, tokens = table[:, 0].tolist(), int(table[:, 1].sum())
+        bad = [examples[row].where for row, nats in enumerate(sums) if not math.isfinite(nats)]
+        if bad:
+            what = f"the loss of {len(bad)} of {len(sums)} held-out rows is not a finite number"
+            fix = "look at these rows, or try --set model.dtype=float32"
+            raise UserError(what, where=f"rows {some_of(bad)}", fix=fix, code=ExitCode.NON_FINITE)
         return cls(sum(sums) / tokens, tokens, tuple(sums))
 
     @property
@@ -48,9 +58,13 @@ def held_out_loss(
     pad_id: int,
     rows: int | None = None,
 ) -> HeldOutLoss:
-    """The model's loss on the first `rows` examples (default: all); its mode is put back."""
+    """The model's loss on the first `rows` examples (default: all); its mode is put back.
+
+    Raises:
+        UserError: it is not a finite number; names the rows.
+    """
     table = row_sums(model, examples, device=device, max_tokens=max_tokens, pad_id=pad_id, rows=rows)
-    return HeldOutLoss.of(table)
+    return HeldOutLoss.of(table, examples)
 
 
 def row_sums(

@@ -1,12 +1,16 @@
 """What a finished run leaves: the adapter folder with its card, the picture of the loss, sample answers."""
 
+import math
 from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lora_cli import io_ops
 from lora_cli.adapter import files
+from lora_cli.adapter.inject import without_adapters
+from lora_cli.adapter.plan import Plan
 from lora_cli.adapter.portable import saved_form
 from lora_cli.data.load import Datasets
 from lora_cli.errors import ExitCode, UserError
@@ -19,15 +23,16 @@ from lora_cli.run.curve import smoothed
 from lora_cli.run.folder import RunFolder
 from lora_cli.run.open import RECIPE, TEMPLATE
 from lora_cli.screen import Screen
-from lora_cli.train.loop import Training
+from lora_cli.train.loop import Training, check_weights
 
 
 def adapter(folder: RunFolder, run: Training, recipe: Recipe, language: LanguageModel) -> None:
     """Write adapter/ and read it back.
 
     Raises:
-        UserError: what is on disk is not what was trained.
+        UserError: what is on disk is not what was trained, or a weight is not a finite number.
     """
+    check_weights(run)
     with io_ops.new_folder(folder.adapter) as made:
         files.save(made, run.adapter, recipe.model.name, recipe.model.revision, recipe.model.add_tokens)
         io_ops.write_text(made / RECIPE, to_yaml(recipe))
@@ -40,11 +45,28 @@ def adapter(folder: RunFolder, run: Training, recipe: Recipe, language: Language
 
 
 def _verify(folder: Path, run: Training) -> None:
-    on_disk, live = files.read(folder).tensors, saved_form(run.adapter).tensors
-    if on_disk.keys() != live.keys() or not all(torch.equal(on_disk[key], live[key]) for key in live):
+    saved, live = files.read(folder), saved_form(run.adapter)
+    with without_adapters(run.adapter):
+        plan = files.plan_of(saved, run.model, run.adapter.plan.ends)
+    if not _same(saved.tensors, live.tensors) or not _computes_same(plan, live.plan):
         what = "the adapter on disk is not the one that was trained"
         fix = "the checkpoints are untouched: run again with --resume"
         raise UserError(what, where=str(folder), fix=fix, code=ExitCode.VERIFICATION)
+
+
+def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def _computes_same(found: Plan, expected: Plan) -> bool:
+    """Whether two plans make the same of the same tensors."""
+    scales = [{spec.name: spec.scale for spec in plan.layers} for plan in (found, expected)]
+    parts = [(plan.method.delta, plan.method.combine) for plan in (found, expected) if plan.layers]
+    return (
+        scales[0].keys() == scales[1].keys()
+        and all(math.isclose(scales[0][name], scale, rel_tol=1e-9) for name, scale in scales[1].items())
+        and parts[:1] == parts[1:]
+    )
 
 
 def plot(folder: RunFolder) -> None:

@@ -180,6 +180,7 @@ class Story:
 
     def held_out_loss(self, stop: Stop) -> HeldOutLoss | None:
         """On the rows that are not learned from; None when somebody asks to stop, in whichever process."""
+        assert self.datasets.eval is not None
         sums, processes = stop.unless_asked(self.held_out_sums), self.run.processes
         if processes.any(sums is None) or sums is None:
             return None
@@ -187,10 +188,10 @@ class Story:
             on_device = sums.to(self.run.accelerator.device)
             processes.sum([on_device])
             sums = on_device.cpu()
-        return HeldOutLoss.of(sums)
+        return HeldOutLoss.of(sums, self.datasets.eval)
 
     def held_out_sums(self) -> Tensor:
-        """What the loss on the rows that are not learned from is made of; this process' share."""
+        """What that loss is made of: the share of this process, as many rows at once as training had memory for."""
         assert self.datasets.eval is not None
         device = self.run.accelerator.device
         with self.run.computing():
@@ -198,7 +199,7 @@ class Story:
                 self.run.model,
                 self.datasets.eval,
                 device=device,
-                max_tokens=token_budget(device),
+                max_tokens=self.run.max_tokens or token_budget(device),
                 pad_id=self.run.pad_id,
                 rows=self.recipe.eval.max_rows,
                 share=self.run.processes.share,

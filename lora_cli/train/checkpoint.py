@@ -18,7 +18,7 @@ from lora_cli import io_ops
 from lora_cli.adapter.inject import tensors_of
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.train import optim
-from lora_cli.train.loop import Training
+from lora_cli.train.loop import Training, check_weights
 
 MANIFEST = "MANIFEST.json"
 ADAPTER, OPTIMIZER, LIFECYCLE = "adapter.safetensors", "optimizer.safetensors", "lifecycle.safetensors"
@@ -31,7 +31,11 @@ def save(folder: Path, run: Training, progress: dict[str, Any]) -> Path:
     """Write `folder`/step-NNNNNN and return it. `progress` is what the caller has to remember (best loss ...).
 
     What stands there is left as it is when it is good, and replaced when it is damaged.
+
+    Raises:
+        UserError: a weight is not a finite number.
     """
+    check_weights(run)
     target = folder / f"step-{run.step:06d}"
     if target.exists():
         if damage(target) is None:

@@ -16,7 +16,7 @@ LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 
 
 def cross_entropy(hidden: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
-    """−Σ log softmax(scale·(W·hidden + bias))[target], float32; nothing but `hidden` gets a gradient.
+    """−Σ log softmax(scale·(W·hidden + bias))[target], in float32 or wider; nothing but `hidden` gets a gradient.
 
     Args:
         hidden: [n, d].
@@ -39,10 +39,11 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         rows = max(1, LOGITS_BYTES[hidden.device.type] // (4 * len(W)))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), device=hidden.device)
+        wide = torch.promote_types(W.dtype, torch.float32)
+        total = torch.zeros((), device=hidden.device, dtype=wide)
         for first in range(0, len(hidden), rows):
             part = slice(first, first + rows)
-            loss, dlogits = _softmax(F.linear(hidden[part], W, bias).float().mul_(scale), targets[part])
+            loss, dlogits = _softmax(F.linear(hidden[part], W, bias).to(wide).mul_(scale), targets[part])
             total += loss
             if gradient is not None:
                 torch.mm(dlogits.mul_(scale).to(W.dtype), W, out=gradient[part])

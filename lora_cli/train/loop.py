@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,12 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lora_cli import parts
-from lora_cli.adapter.inject import Adapter
+from lora_cli.adapter.inject import Adapter, tensors_of
 from lora_cli.adapter.lifecycle import Lifecycle
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import Batch
 from lora_cli.data.pack import epoch_order, micro_batches
-from lora_cli.errors import ExitCode, UserError
+from lora_cli.errors import ExitCode, UserError, some_of
 from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
@@ -81,15 +82,13 @@ class Training:
     """Of a micro-batch; where the recipe sets it."""
 
     def __post_init__(self) -> None:
-        """A tensor that trains but has no optimizer would silently stay as it is."""
+        """Ask the parts what they need before the first step."""
         self.processes = Processes(self.accelerator)
         if self.train.micro_batch_size == "auto":
             self.max_tokens = token_budget(self.accelerator.device)
         else:
             self.max_rows = self.train.micro_batch_size
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        lost = [name for name, p in self.adapter.trainable().items() if id(p) not in held]
-        assert not lost, f"not in the optimizer: {lost}"
+        self.check_held()
         # Of torch, not of accelerate: its fp16 exists on GPUs only, and its state has to be in our checkpoints.
         self.scaler = torch.amp.GradScaler(
             self.accelerator.device.type, enabled=self.precision is torch.float16
@@ -108,11 +107,21 @@ class Training:
         self.skipped = 0
         """Steps skipped because a gradient overflowed in float16; the scaler lowers its factor and goes on."""
 
+    def check_held(self) -> None:
+        """A tensor that trains but has no optimizer would silently stay as it is; so would one that was frozen."""
+        self.trained = self.adapter.trainable()
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if held == {id(p) for p in self.trained.values()}:
+            return
+        lost = [name for name, p in self.trained.items() if id(p) not in held]
+        frozen = {*self.adapter.named_tensors()} - {*self.trained}
+        raise AssertionError(f"not in the optimizer: {lost}; in it, but frozen: one of {frozen}")
+
     def computing(self) -> AbstractContextManager[Any]:
         """Context in which the model computes in the recipe's precision."""
         return computing(self.model, self.precision)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may have fewer rows."""
         return math.ceil(len(epoch_order(self.examples, self.train.seed, 0)) / self.train.batch_size)
@@ -185,6 +194,7 @@ def train_steps(run: Training) -> Iterator[StepReport]:
 def _step(run: Training, rows: list[int]) -> StepReport:
     """One optimizer step on these rows."""
     began = time.perf_counter()
+    run.check_held()
     rate = optim.learning_rate(run.step, run.total_steps, run.train)
     rate *= math.prod(lifecycle.rate(run.step) for lifecycle in run.lifecycles)
     optim.set_learning_rate(run.optimizer, rate)
@@ -261,10 +271,10 @@ def _backwards(run: Training, batches: list[Batch], trained_tokens: int) -> tupl
 
 def _gradients(run: Training) -> list[Tensor]:
     """Of every trained tensor, in float32; zero where it has none."""
-    for parameter in run.adapter.trainable().values():
+    for parameter in run.trained.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return [p.grad for p in run.adapter.trainable().values() if p.grad is not None]
+    return [p.grad for p in run.trained.values() if p.grad is not None]
 
 
 def _added_up(run: Training, losses: list[Tensor], pieces: list[Tensor], enough: bool) -> Tensor | None:
@@ -329,6 +339,8 @@ def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> T
     torch.manual_seed(_seed(run.train.seed, run.step, of_all))
     with run.computing():
         loss = run.loss(batch, run.accelerator.device) / trained_tokens
+    if not loss.requires_grad:
+        raise _unconnected(run, list(run.adapter.trainable()), run.step + 1)
     run.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -351,7 +363,7 @@ def _finished(run: Training, loss: Tensor, rate: float) -> tuple[float, float]:
     for lifecycle in run.lifecycles:
         lifecycle.gradients(run)
     _watch(run, rate)
-    gradients = [p.grad for p in run.adapter.trainable().values() if p.grad is not None]
+    gradients = [p.grad for p in run.trained.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     both = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()  # the step's only wait
     return both[0], both[1]
@@ -367,13 +379,28 @@ def _check_finite(
     bad = [batch for batch, part in zip(batches, losses, strict=True) if not torch.isfinite(part)]
     rows = run.processes.all_of([run.examples[row].where for batch in bad for row in batch.rows])
     rows = rows or run.processes.all_of([run.examples[row].where for batch in batches for row in batch.rows])
-    shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
     raise UserError(
         f"the {what} is not a finite number in step {run.step + 1}; no weight was changed by it",
-        where=f"rows {shown}",
+        where=f"rows {some_of(rows)}",
         fix="lower train.learning_rate, or look at these rows; the last checkpoint is good",
         code=ExitCode.NON_FINITE,
     )
+
+
+def check_weights(run: Training) -> None:
+    """Refuse what an update has made infinite: nobody could go on from it, or use it.
+
+    Raises:
+        UserError: naming a tensor.
+    """
+    bad = [name for name, tensor in tensors_of(run.adapter).items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(
+            f"the trained weights are not finite numbers after step {run.step}, and are not saved",
+            where=some_of(bad),
+            fix="lower train.learning_rate; the last checkpoint is good",
+            code=ExitCode.NON_FINITE,
+        )
 
 
 def _is_overflow(run: Training) -> bool:
@@ -383,7 +410,7 @@ def _is_overflow(run: Training) -> bool:
 
 def _update(run: Training, grad_norm: float) -> None:
     """Clip and step."""
-    parameters = list(run.adapter.trainable().values())
+    parameters = list(run.trained.values())
     limit = run.train.max_grad_norm
     if limit is not None and math.isfinite(grad_norm):
         norm = torch.tensor(grad_norm, device=parameters[0].device)
@@ -397,7 +424,7 @@ def _watch(run: Training, rate: float) -> None:
     """Remember which tensors have had a gradient, or were held back; complain when some never had one."""
     if run.step >= WATCHED_STEPS or rate == 0:
         return
-    gradients = [p.grad for p in run.adapter.trainable().values()]
+    gradients = [p.grad for p in run.trained.values()]
     norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None])
     held_back = torch.tensor([g is None for g in gradients])
     run.connected[~held_back] |= (norms != 0).cpu()
@@ -414,14 +441,28 @@ def _check_connected(run: Training, steps: int) -> None:
             "train longer, or set train.precision: bfloat16 or float32",
         )
         raise UserError(what, where="train.precision", fix=fix, code=ExitCode.LEARNED_NOTHING)
-    dead = [name for name, ok in zip(run.adapter.trainable(), run.connected.tolist(), strict=True) if not ok]
-    everything = len(dead) == len(run.connected)
-    # A short run proves less: the factor beside a zero one has its first gradient in step 2.
-    if not dead or run.train.learning_rate == 0 or (steps < WATCHED_STEPS and not everything):
-        return
-    raise UserError(
-        f"{'nothing' if everything else dead[0]} received a gradient in the first {min(steps, WATCHED_STEPS)} steps",
-        where=f"{len(dead)} of {len(run.connected)} trained tensors",
+    seen = dict(zip(run.adapter.trainable(), run.connected.tolist(), strict=True))
+    dead = [name for name, ok in seen.items() if not ok]
+    if steps < WATCHED_STEPS and any(seen.values()):
+        dead = _of_dead_layers(run, dead)
+    if dead and run.train.learning_rate > 0:
+        raise _unconnected(run, dead, min(steps, WATCHED_STEPS))
+
+
+def _of_dead_layers(run: Training, dead: list[str]) -> list[str]:
+    """What a short run proves: the factor beside a zero one has its first gradient in step 2, the other in step 1."""
+    layers = (
+        [f"{name}.{key}" for key, p in layer.own_tensors().items() if p.requires_grad]
+        for name, layer in run.adapter.layers.items()
+    )
+    return [name for names in layers if set(names) <= set(dead) for name in names]
+
+
+def _unconnected(run: Training, dead: list[str], steps: int) -> UserError:
+    of = len(run.connected)
+    return UserError(
+        f"{'nothing' if len(dead) == of else dead[0]} received a gradient in the first {steps} steps",
+        where=f"{len(dead)} of {of} trained tensors",
         fix="leave these modules out with adapter.exclude_modules",
         code=ExitCode.LEARNED_NOTHING,
     )

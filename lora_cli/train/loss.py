@@ -77,13 +77,18 @@ def _logit_scale(model: PreTrainedModel, head: nn.Linear) -> float | None:
 
 
 def loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
-    """−Σ log p(token) over the batch's trained tokens, float32; the caller divides by their number.
+    """−Σ log p(token) over the batch's trained tokens; the caller divides by their number.
 
     Summing first and dividing once by the number of trained tokens of the whole optimizer step makes the result
     independent of how the step is split into micro-batches.
     """
     logits, targets = trained_logits(model, batch, device)
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(widened(logits), targets, reduction="sum")
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In float32, or in what they have where that is wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def trained_logits(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
