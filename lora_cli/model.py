@@ -126,10 +126,14 @@ def ends_of(model: PreTrainedModel) -> Ends:
 
 
 def stored_dtype(recipe: ModelRecipe, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on GPUs that have it, else float32."""
+    """`auto` is bfloat16 on GPUs that have it, and where a CPU has it and the files lose nothing; else float32."""
     if recipe.dtype != "auto":
         return DTYPES[recipe.dtype]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = multiplies_bfloat16(device) and dtype_on_disk(recipe) == "bfloat16"
+    return torch.bfloat16 if fast else torch.float32
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_cli import model as models
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import ModelRecipe, Recipe
 from lora_cli.run.evaluate import evaluate
 from lora_cli.run.open import open_model, trained_with
 from lora_cli.run.train import Story, train
@@ -472,3 +473,15 @@ def test_one_row_that_does_not_fit_is_an_error_that_names_it(recipe, monkeypatch
         train(recipe(), Screen())
     assert caught.value.code is ExitCode.OUT_OF_MEMORY
     assert "rows.jsonl:" in str(caught.value)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_that_multiplies_bfloat16_is_used_where_the_files_lose_nothing(
+    tmp_path, monkeypatch, stored, has
+):
+    tiny.model().to(stored).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(models, "multiplies_bfloat16", lambda device: has)
+    loaded = models.load(ModelRecipe(name=str(tmp_path))).model
+    assert loaded.dtype == (torch.bfloat16 if has and stored is torch.bfloat16 else torch.float32)

@@ -183,7 +183,8 @@ class ModelRecipe(Section):
     )
     dtype: Dtype = Field(
         default="auto",
-        description="How the base is stored in memory; auto: bfloat16 on GPUs that have it, else float32.",
+        description="How the base is stored in memory; auto: bfloat16 on GPUs that have it, and on CPUs that have it "
+        "where the model's files are bfloat16 too; else float32.",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         default="auto",
