@@ -99,3 +99,15 @@ def test_half_of_a_norm_in_16_bits_is_refused_on_a_cpu_and_all_of_it_trains():
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.ones(1, 4, dtype=torch.int64)).logits.float().sum().backward()
     assert made.also["transformer.h.0.ln_1.bias"].grad is not None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("target_modules", ("q_proj",)), ("exclude_modules", ("q_proj",)), ("layers", (0,))]
+)
+def test_a_choice_of_modules_is_refused_where_everything_trains_anyway(key, value):
+    model = tiny.model("llama", seed=1)
+    ends = models.ends_of(model)
+    with pytest.raises(UserError, match=f"adapter.{key}: has no effect where everything is trained"):
+        plan.make(AdapterRecipe(method="full", **{key: value}), model, ends)
+    alone = plan.make(AdapterRecipe(method="full", train_also=(), **{key: value}), model, ends)
+    assert 0 < len(alone.also) < len(plan.make(AdapterRecipe(method="full"), model, ends).also)

@@ -22,6 +22,8 @@ ALPHA = 32.0
 """Where the recipe names none: twice the default r."""
 WHOLE = "whole"
 """The delta that is no delta: W itself trains."""
+EVERYTHING = "everything"
+"""In train_also: every parameter of the model."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def make(
     names = _targets(adapter, adaptable, ends)
     rules.check(method, rules.facts_of(method, adapter, {adaptable[name][0] for name in names}))
     whole = [f"{name}.weight" for name in names if method.delta.name == WHOLE]
+    if whole and EVERYTHING in adapter.train_also:
+        _check_unchosen(adapter)
     also = tuple(dict.fromkeys([*whole, *_also(adapter.train_also, model, ends)]))
     _check_norms(also, model)
     names = [] if whole else names
@@ -255,7 +259,7 @@ def _also(wanted: tuple[str, ...], model: nn.Module, ends: Ends) -> tuple[str, .
             _require(
                 [],
                 word,
-                ["everything", "norms", "embeddings", "head", "biases", *modules],
+                [EVERYTHING, "norms", "embeddings", "head", "biases", *modules],
                 "adapter.train_also",
             )
         chosen.update(dict.fromkeys(names))
@@ -263,7 +267,7 @@ def _also(wanted: tuple[str, ...], model: nn.Module, ends: Ends) -> tuple[str, .
 
 
 def _also_one(word: str, model: nn.Module, ends: Ends) -> list[str]:
-    if word == "everything":
+    if word == EVERYTHING:
         return [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if word == "biases":
         return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
@@ -273,6 +277,17 @@ def _also_one(word: str, model: nn.Module, ends: Ends) -> list[str]:
         word = {"embeddings": ends.embeddings, "head": ends.head}.get(word, word)
         modules = [name for name, _ in model.named_modules() if name and _ends_with(name, word)]
     return [f"{name}.{key}" for name in modules for key, _ in model.get_submodule(name).named_parameters()]
+
+
+def _check_unchosen(adapter: AdapterRecipe) -> None:
+    """Where everything trains whole, a choice of modules would be read and passed over."""
+    for key in ("target_modules", "exclude_modules", "layers"):
+        if key in adapter.model_fields_set and getattr(adapter, key):
+            what, fix = (
+                "has no effect where everything is trained",
+                "leave it out, or set adapter.train_also: []",
+            )
+            raise UserError(what, where=f"adapter.{key}", fix=fix)
 
 
 def _check_norms(also: tuple[str, ...], model: nn.Module) -> None:

@@ -157,7 +157,7 @@ def _base_of(
             "the adapter does not name its base", where=str(first.folder), fix="give it with --base"
         )
     known = trained.model if trained and base is None else ModelRecipe.model_validate({"name": name})
-    revision = known.revision or first.config.revision
+    revision = known.revision or (first.config.revision if base in (None, first.base) else None)
     added = {each.ours.add_tokens for each in saved.values()}
     if len(added) > 1:
         raise UserError("the adapters add different tokens to the model", fix="open them one at a time")
