@@ -30,6 +30,13 @@ def count(log: Path, what: str) -> int:
     return len(noted.read_text(encoding="utf-8").splitlines()) if noted.exists() else 0
 
 
+def note_memory(log: str) -> None:
+    """The largest memory so far, in bytes; of a process just forked, what it was forked with."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            _note(f"{log}.memory", str(int(line.split()[1]) * 1024))
+
+
 def _watch_model(fault: Fault, notes: str) -> None:
     import torch
     from transformers.models.llama.modeling_llama import LlamaModel

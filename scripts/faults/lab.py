@@ -26,6 +26,8 @@ SYSTEMS = {
 SAME, OTHER = "finished with the same bytes", "finished with other weights, and said nothing"
 ERROR = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt|Warning))\b:? ?(.*)$", re.MULTILINE)
 
+PATH = re.compile(r"\S*/\S*")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -52,7 +54,9 @@ class Outcome:
             return f"exit {self.code}"
         name, text = found[-1]
         files = re.findall(r"['\"]([^'\"]*/[^'\"]*)['\"]", text)
-        return f"{name} ({Path(files[-1]).name})" if files and name == "FileNotFoundError" else name
+        if files and name == "FileNotFoundError":
+            return f"{name} ({Path(files[-1]).name})"
+        return f"{name} ({PATH.sub('…', text)[:40].strip()})" if name in ("ValueError", "RuntimeError") else name
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Lab:
 
     def undisturbed(self, system: str, task: Task) -> tuple[str, Outcome]:
         """Hash of the adapter that a task gives, and how the process went; run once for each task."""
-        key = json.dumps([system, asdict(task)])
+        key = json.dumps([system, asdict(replace(task, out=""))])
         if key not in self.known:
             self.clear(task)
             outcome = self.run(system, task, "undisturbed")

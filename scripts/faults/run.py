@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.faults import killed, report
+from scripts.faults import damaged, disk, inputs, killed, numbers, report
 from scripts.faults.lab import SYSTEMS, Finding, Lab
 from scripts.faults.server import ROOT
 
@@ -28,9 +28,21 @@ INSIDE = "FAULTS_INSIDE"
 FAULTS: dict[str, tuple[str, Callable[[Lab, str], Finding]]] = {
     "P0": ("nothing happens: the same bytes each time", killed.control),
     "P1": ("SIGKILL at a random time, then the same command: finishes with the same bytes", killed.random_kills),
-    "P7": ("SIGTERM, then the same command: the same bytes, at most one step lost", killed.stops),
-    "P16": ("two runs in one folder: the second is refused, the first undisturbed", killed.together),
     "P2": ("SIGKILL just before an operation on a file, then the same command: the same bytes", killed.in_a_save),
+    "P3": ("half of a checkpoint's file is zeros: refused, or an older checkpoint", damaged.zeroed_tails),
+    "P4": ("a bit flipped in a checkpoint's file: refused, or the same bytes", damaged.flipped_bits),
+    "P5": ("a checkpoint's file lost: refused, or the same bytes", damaged.lost_files),
+    "P6": ("disk full, then space again and the same command: the same bytes", disk.full_disk),
+    "P7": ("SIGTERM, then the same command: the same bytes, at most one step lost", killed.stops),
+    "P8": ("a row makes the loss NaN: stops before anything of it is saved", numbers.not_a_number),
+    "P9": ("a prompt longer than max_length: its line is named", inputs.long_prompts),
+    "P10": ("a module that does not exist beside one that does; a misspelt key: refused", inputs.misspelt_names),
+    "P11": ("configurations with a mistake: no traceback, no misspelt key passed over", inputs.configs),
+    "P12": ("memory for half a batch only: the weights of the whole batch", numbers.out_of_memory),
+    "P13": ("a batch computed in pieces: the same weights", numbers.in_pieces),
+    "P14": ("pickles that run code, as checkpoint and as model: not run", damaged.hostile_files),
+    "P15": ("a wrong line in 100,000: its number", inputs.broken_line),
+    "P16": ("two runs in one folder: the second is refused, the first undisturbed", killed.together),
 }  # fmt: skip
 
 

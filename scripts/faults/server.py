@@ -18,7 +18,7 @@ from scripts.faults import hooks
 from scripts.faults.task import Fault, Task
 
 ROOT = Path(__file__).parents[2]
-LONGEST = 120.0
+LONGEST = 300.0
 """Seconds after which a try that hangs is killed."""
 LOOK, SETTLE = 0.0005, 0.01
 """Seconds between two looks for a file, and from its appearance to the kill."""
@@ -101,6 +101,7 @@ def _fork(become: Callable[[], None], task: Task, fault: Fault, log: str) -> int
         said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(said, 1)
         os.dup2(said, 2)
+        hooks.note_memory(log)
         hooks.install(task, fault, log)
         become()
         code = 0
@@ -113,6 +114,7 @@ def _fork(become: Callable[[], None], task: Task, fault: Fault, log: str) -> int
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        hooks.note_memory(log)
         os._exit(code)
 
 
