@@ -1,4 +1,4 @@
-"""Inside the process of a try: count its forward passes and file operations, slow it down, let it run out of memory.
+"""Inside the process of a try: count its training passes and file operations, slow it down, let its memory run out.
 
 The same for all systems: what is watched is transformers' Llama, Python's audit events, and the two functions that
 write a file without Python's knowledge.
@@ -13,7 +13,16 @@ from typing import Any
 from scripts.faults.task import Fault, Task
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink", "os.truncate")
+CHANGES = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+)
 WROTE = "faults.write"
 """Our own event, before and after a library writes a file."""
 
@@ -46,6 +55,8 @@ def _watch_model(fault: Fault, notes: str) -> None:
     def watched(own: Any, input_ids: Any = None, *others: Any, **named: Any) -> Any:
         nonlocal done
         given = named.get("inputs_embeds") if input_ids is None else input_ids
+        if not (own.training and torch.is_grad_enabled()):  # not a step: something is only looked at
+            return forward(own, input_ids, *others, **named)
         tokens = given.shape[0] * given.shape[1]
         done += 1
         if fault.most_tokens is not None and done > fault.from_forward and tokens > fault.most_tokens:

@@ -32,7 +32,9 @@ def long_prompts(lab: Lab, system: str) -> Finding:
         if outcome.code:
             happened.append(NAMED if _names(outcome, at + 1) else f"ended with {outcome.reason}")
         else:
-            happened.append("trained without it, line named" if _names(outcome, at + 1) else "trained, said nothing")
+            happened.append(
+                "trained without it, line named" if _names(outcome, at + 1) else "trained, said nothing"
+            )
     return tally("P9", system, happened, {NAMED, "trained without it, line named"})
 
 
@@ -83,7 +85,9 @@ def configs(lab: Lab, system: str) -> Finding:
     lines = sum(bool(re.search(r"\.yaml:\d+|\bline \d+", said)) for how, said in ended if how != "read")
     found = tally("P11", system, happened, {READ, REFUSED})
     errors = sum(how != "read" for how, _ in ended)
-    return Finding("P11", system, found.tried, found.ok, f"{found.said}; {lines} of {errors} errors with a line")
+    return Finding(
+        "P11", system, found.tried, found.ok, f"{found.said}; {lines} of {errors} errors with a line"
+    )
 
 
 def _read(how: str, said: str, kind: str) -> str:
@@ -215,5 +219,3 @@ def _growth(outcome: Outcome) -> int:
     """Bytes from the start of the process to its largest memory."""
     before, after = Path(f"{outcome.log}.memory").read_text(encoding="utf-8").split()
     return int(after) - int(before)
-
-

@@ -9,7 +9,7 @@ from scripts.faults.task import Fault, Task
 MARK = "~"
 """The character whose embedding is not a number."""
 CLOSE = 1e-3
-"""Weights apart by less, as a share of the largest, come of the same steps; the rest is rounding, which Adam enlarges."""
+"""Weights that are less apart, as a share of the largest, come of the same steps; Adam enlarges what is rounded."""
 STOPPED = "stopped, nothing saved that is not a number"
 
 
@@ -77,7 +77,9 @@ def in_pieces(lab: Lab, system: str) -> Finding:
         found.append(_trained(lab, system, task, f"P13 {at_once} at once"))
     apart = [_apart(each, found[0]) for each in found[1:]]
     said = ", ".join(f"apart by {each:.1e}" for each in apart)
-    return Finding("P13", system, len(apart), sum(each < CLOSE for each in apart), f"{said} of the largest weight")
+    return Finding(
+        "P13", system, len(apart), sum(each < CLOSE for each in apart), f"{said} of the largest weight"
+    )
 
 
 def _trained(lab: Lab, system: str, task: Task, about: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""This tool, on a task."""
+"""`lora train` on a task."""
 
 import json
 import os
@@ -38,9 +38,15 @@ def recipe_of(task: Task) -> dict[str, Any]:
 
 
 def become(system: str, task: Task) -> None:
-    """`lora train RECIPE --resume`, a first time or again."""
+    """Do the task."""
     if task.configs:
-        return read(task)
+        read(task)
+    else:
+        train(task)
+
+
+def train(task: Task) -> None:
+    """`lora train RECIPE --resume`, a first time or again."""
     from lora_cli.cli import main
 
     recipe = Path(task.out).with_suffix(".yaml")
@@ -49,7 +55,7 @@ def become(system: str, task: Task) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `main` does first of all
     sys.argv = ["lora", "train", str(recipe), "--resume"]
     try:
-        return main()
+        main()
     except KeyboardInterrupt:  # before `main` was there to answer it
         os._exit(75)
 

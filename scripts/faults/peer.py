@@ -68,9 +68,15 @@ def arguments_of(task: Task, system: str) -> dict[str, Any]:
 
 
 def become(system: str, task: Task) -> None:
-    """Train, a first time or on from the last checkpoint, and save the adapter."""
+    """Do the task."""
     if task.configs:
-        return read(system, task)
+        read(system, task)
+    else:
+        train(system, task)
+
+
+def train(system: str, task: Task) -> None:
+    """Go on from the last checkpoint, if there is one; save the adapter at the end."""
     trainer = sft(system, task) if system.startswith("sft") else plain(system, task)
     trainer.train(resume_from_checkpoint=last_checkpoint(task.out, system.endswith("best")))
     if trainer.state.global_step < task.steps:  # stopped by a signal, and saved

@@ -78,7 +78,10 @@ def main() -> None:
         "Raw logs": f"what every process said stands in `{asked.logs}`",
     }
     questions = {name: question for name, (question, _) in FAULTS.items()}
-    with tempfile.TemporaryDirectory() as folder, Lab(Path(folder), asked.logs.resolve(), asked.full).open() as lab:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Lab(Path(folder), asked.logs.resolve(), asked.full).open() as lab,
+    ):
         for name in asked.only.split(","):
             for system in asked.systems.split(","):
                 began = time.monotonic()

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def serve(become: Callable[[str, Task], None]) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         task, fault = Task(**asked["task"]), Fault(**asked["fault"])
-        print(json.dumps(_try(lambda: become(asked["system"], task), task, fault, asked["log"])), flush=True)
+        print(json.dumps(_try(partial(become, asked["system"], task), task, fault, asked["log"])), flush=True)
 
 
 def _try(become: Callable[[], None], task: Task, fault: Fault, log: str) -> list[dict[str, Any]]:
@@ -116,5 +117,3 @@ def _fork(become: Callable[[], None], task: Task, fault: Fault, log: str) -> int
         sys.stderr.flush()
         hooks.note_memory(log)
         os._exit(code)
-
-
