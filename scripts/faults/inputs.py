@@ -33,7 +33,7 @@ def long_prompts(lab: Lab, system: str) -> Finding:
             happened.append(NAMED if _names(outcome, at + 1) else f"ended with {outcome.reason}")
         else:
             happened.append(
-                "trained without it, line named" if _names(outcome, at + 1) else "trained, said nothing"
+                "trained without it, line named" if _names(outcome, at + 1) else "trained, no line named"
             )
     return tally("P9", system, happened, {NAMED, "trained without it, line named"})
 
@@ -132,8 +132,9 @@ def _mistaken(rng: random.Random, base: str) -> tuple[str, bytes]:
 def _misspelt(rng: random.Random, base: str) -> bytes:
     """A letter of a key is lost, or stands twice, or has changed places with the next one."""
     lines, keys = base.splitlines(), base.count(":")
+    long = [number for number, line in enumerate(lines) if len(line.partition(":")[0].strip()) > 2]
     while True:
-        number = rng.randrange(len(lines))
+        number = rng.choice(long)
         key = lines[number].partition(":")[0]
         at = rng.randrange(len(key) - len(key.lstrip()), len(key) - 1)
         wrong = rng.choice(
@@ -200,7 +201,7 @@ def broken_line(lab: Lab, system: str) -> Finding:
         task = lab.task(rows=str(_large(lab.folder, line)))
         outcome = lab.run(system, task, f"P15 {what}")
         refused = NAMED if _names(outcome, BROKEN) else f"ended with {outcome.reason}, no line named"
-        happened.append(refused if outcome.code else "trained, said nothing")
+        happened.append(refused if outcome.code else "trained, no line named")
         grown.append(_growth(outcome))
     found = tally("P15", system, happened, {NAMED})
     said = f"{found.said}; memory grew by up to {max(grown) / 2**20:.0f} MiB"

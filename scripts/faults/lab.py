@@ -97,8 +97,11 @@ class Lab:
 
     def __post_init__(self) -> None:
         """Make the model and the rows."""
+        import transformers
+
         from tests import tiny
 
+        transformers.utils.logging.disable_progress_bar()
         sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
         tiny.model("llama", 0, **sizes).save_pretrained(self.model)
         tiny.tokenizer().save_pretrained(self.model)

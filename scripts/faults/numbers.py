@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from scripts.faults.lab import Finding, Lab, Outcome, adapter, forwards, tally
+from scripts.faults.lab import Finding, Lab, Outcome, adapter, tally
 from scripts.faults.task import Fault, Task
 
 MARK = "~"
@@ -22,12 +22,12 @@ def not_a_number(lab: Lab, system: str) -> Finding:
         outcome = lab.run(system, task, f"P8 row {at}")
         spoiled = [path for path in Path(task.out).rglob("adapter*.safetensors") if not _is_finite(path)]
         happened.append(_seen(outcome, spoiled))
-    return tally("P8", system, happened, {STOPPED})
+    return tally("P8", system, happened, {each for each in happened if each.startswith(STOPPED)})
 
 
 def _seen(outcome: Outcome, spoiled: list[Path]) -> str:
     if not spoiled:
-        return STOPPED if outcome.code else "finished, all numbers"
+        return f"{STOPPED} ({outcome.reason})" if outcome.code else "finished, all numbers"
     how = "trained to the end" if outcome.code == 0 else f"ended with {outcome.reason}"
     shown = "its log shows nan" if "nan" in outcome.said.lower() else "its log shows no nan"
     return f"{how}, saved an adapter of NaN, {shown}"
@@ -52,8 +52,7 @@ def out_of_memory(lab: Lab, system: str) -> Finding:
     task, happened = lab.task(dropout=0.0), []
     expected = _trained(lab, system, task, "P12 enough")
     _, outcome = lab.undisturbed(system, task)
-    shapes = Path(f"{outcome.log}.forwards").read_text(encoding="utf-8").split()
-    bound = max(int(rows) * int(tokens) for rows, tokens in (shape.split("x") for shape in shapes))
+    bound = max(rows * tokens for rows, tokens in _shapes(outcome))
     for start in range(0, task.steps, lab.draws(3, 1)):
         lab.clear(task)
         fault = Fault(most_tokens=int(bound * 0.7), from_forward=start)
@@ -62,9 +61,16 @@ def out_of_memory(lab: Lab, system: str) -> Finding:
             happened.append(f"ended with {outcome.reason}")
             continue
         apart = _apart(_weights(adapter(system, task)), expected)
-        again = "" if forwards(outcome) < 2 * task.steps + 3 else ", started again"
-        happened.append("same weights" if apart < CLOSE else f"finished with other weights{again}")
+        rows = _shapes(outcome)[-1][0]
+        other = f"finished with other weights, {rows} rows at a time in place of {task.batch_size}"
+        happened.append("same weights" if apart < CLOSE else other)
     return tally("P12", system, happened, {"same weights"})
+
+
+def _shapes(outcome: Outcome) -> list[tuple[int, int]]:
+    """Rows and tokens of each training pass."""
+    noted = Path(f"{outcome.log}.forwards").read_text(encoding="utf-8").split()
+    return [(int(rows), int(tokens)) for rows, tokens in (shape.split("x") for shape in noted)]
 
 
 def in_pieces(lab: Lab, system: str) -> Finding:
