@@ -9,6 +9,15 @@ from scripts.faults.task import Task
 
 NAMED = "finished with other weights, and named the file"
 EXECUTED, NOT_EXECUTED = "ran the code", "ran no code"
+OURS = (
+    "adapter.safetensors",
+    "optimizer.safetensors",
+    "lifecycle.safetensors",
+    "state.json",
+    "MANIFEST.json",
+)
+THEIRS = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+"""The files of a checkpoint that are read when a run goes on; the peers' tokenizer, arguments and card are not."""
 Damage = Callable[[Path], None]
 
 
@@ -32,7 +41,7 @@ def flipped_bits(lab: Lab, system: str) -> Finding:
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
 
-    return _each_file(lab, system, "P4", [flip] * lab.draws(2, 50))
+    return _each_file(lab, system, "P4", [flip] * lab.draws(8, 100))
 
 
 def lost_files(lab: Lab, system: str) -> Finding:
@@ -42,7 +51,7 @@ def lost_files(lab: Lab, system: str) -> Finding:
 
 def _each_file(lab: Lab, system: str, about: str, damages: list[Damage]) -> Finding:
     task, happened, bad = lab.task(), [], set[str]()
-    for name in _files(lab, system, task):
+    for name in OURS if system == "ours" else THEIRS:
         for damage in damages:
             newest = lab.half_done(system, task)
             damage(newest / name)

@@ -24,7 +24,7 @@ def full_disk(lab: Lab, system: str) -> Finding:
     with _mounted(folder, ENOUGH):
         lab.run(system, task, "P6 enough")
         needed = shutil.disk_usage(folder).used
-    tries, happened, ended = lab.draws(6, 60), [], 0
+    tries, happened, ended = lab.draws(10, 60), [], 0
     for number in range(tries):
         size = int(needed * (0.2 + 0.75 * (number + 0.5) / tries))
         with _mounted(folder, size):

@@ -18,6 +18,7 @@ KEYS = {
 TARGETS = {"q_proj": "q_porj", "v_proj": "v_prj", "lm_head": "lm_heda"}
 LINES, BROKEN = 100_000, 70_000
 MISSPELT, READ, REFUSED = "misspelt key passed over", "read", "refused in words"
+RIGHT = '{"prompt": "1+1=", "completion": "2"}\n'
 CHUNK = 250
 """Configurations that one process reads."""
 
@@ -81,7 +82,7 @@ def configs(lab: Lab, system: str) -> Finding:
         ended += [tuple(json.loads(line)) for line in said.splitlines() if line.startswith('["')]
     if len(ended) != count:
         raise SystemExit(f"{system} read {len(ended)} of {count} configurations")
-    happened = [_read(*each, kind) for each, (kind, _) in zip(ended, drawn, strict=True)]
+    happened = [_read(how, kind) for (how, _), (kind, _) in zip(ended, drawn, strict=True)]
     lines = sum(bool(re.search(r"\.yaml:\d+|\bline \d+", said)) for how, said in ended if how != "read")
     found = tally("P11", system, happened, {READ, REFUSED})
     errors = sum(how != "read" for how, _ in ended)
@@ -90,10 +91,10 @@ def configs(lab: Lab, system: str) -> Finding:
     )
 
 
-def _read(how: str, said: str, kind: str) -> str:
+def _read(how: str, kind: str) -> str:
     if how == "read":
         return MISSPELT if kind == "misspelt" else READ
-    return REFUSED if how == "refused" else f"traceback ({said.partition(':')[0].rpartition('.')[2]})"
+    return REFUSED if how == "refused" else "traceback"
 
 
 def _config(lab: Lab, system: str) -> str:
@@ -193,18 +194,19 @@ def broken_line(lab: Lab, system: str) -> Finding:
     """P15: one line of a large file is wrong; it is named."""
     wrong = {
         "no brace": '{"prompt": "1+1=", "completion": "2"\n',
-        "a number": '{"prompt": "1+1=", "completion": 2}\n',
+        "a list": '{"prompt": "1+1=", "completion": ["2"]}\n',
         "no completion": '{"prompt": "1+1="}\n',
     }
-    happened, grown = [], []
+    happened = []
     for what, line in wrong.items():
         task = lab.task(rows=str(_large(lab.folder, line)))
         outcome = lab.run(system, task, f"P15 {what}")
         refused = NAMED if _names(outcome, BROKEN) else f"ended with {outcome.reason}, no line named"
         happened.append(refused if outcome.code else "trained, no line named")
-        grown.append(_growth(outcome))
     found = tally("P15", system, happened, {NAMED})
-    said = f"{found.said}; memory grew by up to {max(grown) / 2**20:.0f} MiB"
+    right = lab.run(system, lab.task(rows=str(_large(lab.folder, RIGHT))), "P15 right")
+    more = _growth(right) - _growth(lab.undisturbed(system, lab.task())[1])
+    said = f"{found.said}; {LINES:,} right rows take {more / 2**20:.0f} MiB more than 12"
     return Finding("P15", system, found.tried, found.ok, said)
 
 

@@ -37,7 +37,7 @@ def stops(lab: Lab, system: str) -> Finding:
     task = lab.task(save_steps=4)
     steps = task.steps
     seconds = lab.undisturbed(system, task)[1].seconds + steps * PACE
-    for _ in range(lab.draws(5, 100)):
+    for _ in range(lab.draws(8, 100)):
         lab.clear(task)
         fault = Fault(after=rng.uniform(0.2, 0.9) * seconds, signal=signal.SIGTERM, pace=PACE)
         first = lab.run(system, task, "P7 stopped", fault)
@@ -66,7 +66,7 @@ def in_a_save(lab: Lab, system: str) -> Finding:
     task, happened = lab.task(), []
     log = lab.undisturbed(system, task)[1].log
     operations = len((log.parent / f"{log.name}.operations").read_text().splitlines())
-    every = max(1, operations // lab.draws(12, operations))
+    every = max(1, operations // lab.draws(30, operations))
     for number in range(every - 1, operations, every):
         lab.clear(task)
         lab.run(system, task, f"P2 at {number}", Fault(operation=number))

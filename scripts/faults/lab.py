@@ -23,6 +23,7 @@ SYSTEMS = {
     "sft": "TRL SFTTrainer, defaults",
     "sft-best": "TRL SFTTrainer, best settings",
 }
+ENDED = "ended with "
 SAME, OTHER = "finished with the same bytes", "finished with other weights, and said nothing"
 ERROR = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt|Warning))\b:? ?(.*)$", re.MULTILINE)
 
@@ -78,8 +79,18 @@ def tally(fault: str, system: str, happened: Iterable[str], good: Iterable[str])
     """Count what happened; `good` is what the promise asks, and goes without saying when it is always the same."""
     counts, wanted = Counter(happened), set(good)
     ok = sum(count for what, count in counts.items() if what in wanted)
-    said = "; ".join(f"{count} {what}" for what, count in counts.most_common())
-    return Finding(fault, system, counts.total(), ok, said)
+    return Finding(fault, system, counts.total(), ok, _sentence(counts))
+
+
+def _sentence(counts: Counter[str]) -> str:
+    """The most frequent first, and all that ended with errors together."""
+    ended = {
+        what.removeprefix(ENDED): count for what, count in counts.most_common() if what.startswith(ENDED)
+    }
+    parts = [f"{count} {what}" for what, count in counts.most_common() if not what.startswith(ENDED)]
+    if ended:
+        parts.append(f"{sum(ended.values())} {ENDED}{', '.join(ended)}")
+    return "; ".join(parts)
 
 
 @dataclass
@@ -185,7 +196,7 @@ class Lab:
     def judged(self, system: str, task: Task, outcome: Outcome) -> str:
         """SAME, OTHER, or why it did not finish."""
         if outcome.code:
-            return f"ended with {outcome.reason}"
+            return f"{ENDED}{outcome.reason}"
         found = digest(system, task)
         if found is None:
             return "finished without an adapter"

@@ -1,6 +1,6 @@
 """transformers' Trainer with PEFT, and TRL's SFTTrainer with PEFT, on a task; started in .bench-venv.
 
-What stands in BEST is what their documentation offers against faults; the defaults leave all of it alone.
+The defaults set only what makes the task the same one.
 """
 
 import contextlib
@@ -31,18 +31,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from scripts.faults.server import serve
-from scripts.faults.task import ALPHA, SEED, R, Task
+from scripts.faults.task import ALPHA, BEST, BEST_OF_TRL, SEED, R, Task
 
-BEST: dict[str, Any] = {
-    "enable_jit_checkpoint": True,
-    "logging_nan_inf_filter": False,
-    "logging_steps": 1,
-    "full_determinism": True,
-    "restore_callback_states_from_checkpoint": True,
-    "auto_find_batch_size": True,
-}
-BEST_OF_TRL = {"bf16": False, "gradient_checkpointing": False}
-"""As the task is stated: in float32, nothing recomputed."""
 INCOMPLETE = "checkpoint-is-incomplete.txt"
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from scripts.faults import damaged, disk, inputs, killed, numbers, report
 from scripts.faults.lab import SYSTEMS, Finding, Lab
 from scripts.faults.server import ROOT
+from scripts.faults.task import BEST, BEST_OF_TRL
 
 INSIDE = "FAULTS_INSIDE"
 """Set in the process that has its own mounts, which a full disk needs."""
@@ -29,9 +30,9 @@ FAULTS: dict[str, tuple[str, Callable[[Lab, str], Finding]]] = {
     "P0": ("nothing happens: the same bytes each time", killed.control),
     "P1": ("SIGKILL at a random time, then the same command: finishes with the same bytes", killed.random_kills),
     "P2": ("SIGKILL just before an operation on a file, then the same command: the same bytes", killed.in_a_save),
-    "P3": ("half of a checkpoint's file is zeros: refused, or an older checkpoint", damaged.zeroed_tails),
-    "P4": ("a bit flipped in a checkpoint's file: refused, or the same bytes", damaged.flipped_bits),
-    "P5": ("a checkpoint's file lost: refused, or the same bytes", damaged.lost_files),
+    "P3": ("half of a file that a checkpoint is read from is zeros: refused, or the same bytes", damaged.zeroed_tails),
+    "P4": ("a bit flipped in one of these files: refused, or the same bytes", damaged.flipped_bits),
+    "P5": ("one of these files lost: refused, or the same bytes", damaged.lost_files),
     "P6": ("disk full, then space again and the same command: the same bytes", disk.full_disk),
     "P7": ("SIGTERM, then the same command: the same bytes, at most one step lost", killed.stops),
     "P8": ("a row makes the loss NaN: stops before anything of it is saved", numbers.not_a_number),
@@ -75,7 +76,14 @@ def main() -> None:
     asked.logs.mkdir(parents=True, exist_ok=True)
     about = {
         "Machine": f"{platform.machine()}, CPU, one thread; {versions()}",
-        "Raw logs": f"what every process said stands in `{asked.logs}`",
+        "Task": "a Llama of one layer, 12 rows, 8 steps, a checkpoint every 2: so short a run spends far more of its "
+        "time in saving than a real one, and a kill at random meets a save that much more often",
+        "Best settings": ", ".join(f"`{name}={value}`" for name, value in {**BEST, **BEST_OF_TRL}.items())
+        + "; folders marked as incomplete are passed over. Both columns go on from the newest checkpoint folder, as "
+        "the example scripts do",
+        "Cells": "how often it did what is asked, of how many tries; then all that happened",
+        "Raw logs": f"all that the processes said stands in `{asked.logs}` after "
+        "`python -m scripts.faults.run`",
     }
     questions = {name: question for name, (question, _) in FAULTS.items()}
     with (

@@ -57,3 +57,15 @@ class Fault:
 
 R, ALPHA, SEED = 2, 4, 0
 """The adapter, and where all chance starts, of every system."""
+
+BEST: dict[str, Any] = {
+    "enable_jit_checkpoint": True,
+    "logging_nan_inf_filter": False,
+    "logging_steps": 1,
+    "full_determinism": True,
+    "restore_callback_states_from_checkpoint": True,
+    "auto_find_batch_size": True,
+}
+"""What the documentation of the peers offers against faults."""
+BEST_OF_TRL = {"bf16": False, "gradient_checkpointing": False}
+"""As the task is stated: in float32, nothing recomputed."""
