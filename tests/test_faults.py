@@ -66,6 +66,11 @@ def test_what_was_not_run_stands_in_the_table(tmp_path: Path):
     assert "- Raw logs: there" in foot
 
 
+def test_what_was_always_the_same_is_not_counted_twice(tmp_path: Path):
+    results = report.add(tmp_path / "f.json", [Finding("P1", "ours", 3, 3, f"3 {SAME}")], {})
+    assert f"**3 of 3**<br>{SAME} |" in report.table(results, {"P1": "a kill"})
+
+
 def test_the_mistakes_are_mistakes():
     """Each kind but the cut one, which may only take the last line end, gives another text."""
     base = yaml.safe_dump(ours.recipe_of(TASK), sort_keys=False)

@@ -76,7 +76,7 @@ def _watch_files(task: Task, fault: Fault, notes: str) -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return
         full = os.path.join(task.out, os.fsdecode(path))  # noqa: PTH118 — relative: to a folder that is held open
-        if not full.startswith(task.out):
+        if full != task.out and not full.startswith(f"{task.out}/"):
             return
         if done == fault.operation:
             os.kill(os.getpid(), 9)

@@ -201,7 +201,7 @@ def broken_line(lab: Lab, system: str) -> Finding:
     for what, line in wrong.items():
         task = lab.task(rows=str(_large(lab.folder, line)))
         outcome = lab.run(system, task, f"P15 {what}")
-        refused = NAMED if _names(outcome, BROKEN) else f"ended with {outcome.reason}, no line named"
+        refused = NAMED if _names(outcome, BROKEN) else f"ended with {outcome.reason}"
         happened.append(refused if outcome.code else "trained, no line named")
     found = tally("P15", system, happened, {NAMED})
     right = lab.run(system, lab.task(rows=str(_large(lab.folder, RIGHT))), "P15 right")

@@ -51,7 +51,9 @@ def train(task: Task) -> None:
 
     recipe = Path(task.out).with_suffix(".yaml")
     if not recipe.exists():
-        recipe.write_text(json.dumps(recipe_of(task), indent=1))
+        whole = recipe.with_suffix(".new")
+        whole.write_text(json.dumps(recipe_of(task), indent=1))
+        whole.rename(recipe)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `main` does first of all
     sys.argv = ["lora", "train", str(recipe), "--resume"]
     try:

@@ -36,4 +36,6 @@ def _cell(finding: dict[str, Any] | None) -> str:
     if finding is None:
         return NOT_RUN
     said = finding["said"].replace("|", "\\|")
+    if ";" not in said:  # always the same
+        said = said.removeprefix(f"{finding['tried']} ")
     return f"**{finding['ok']} of {finding['tried']}**<br>{said}"

@@ -41,7 +41,7 @@ FAULTS: dict[str, tuple[str, Callable[[Lab, str], Finding]]] = {
     "P11": ("configurations with a mistake: no traceback, no misspelt key passed over", inputs.configs),
     "P12": ("memory for half a batch only: the weights of the whole batch", numbers.out_of_memory),
     "P13": ("a batch computed in pieces: the same weights", numbers.in_pieces),
-    "P14": ("pickles that run code, as checkpoint and as model: not run", damaged.hostile_files),
+    "P14": ("pickles with code, in place of files of checkpoint or model: none is run", damaged.hostile_files),
     "P15": ("a wrong line in 100,000: its number", inputs.broken_line),
     "P16": ("two runs in one folder: the second is refused, the first undisturbed", killed.together),
 }  # fmt: skip
