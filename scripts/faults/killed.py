@@ -22,7 +22,7 @@ def control(lab: Lab, system: str) -> Finding:
 def random_kills(lab: Lab, system: str) -> Finding:
     """P1: kill it at a random time of its life, then run the same command again."""
     rng, happened = lab.rng("P1"), []
-    while len(happened) < lab.draws(30, 200):
+    while len(happened) < lab.draws(60, 200):
         task = lab.task()
         seconds = lab.undisturbed(system, task)[1].seconds
         if lab.run(system, task, "P1 killed", Fault(after=rng.uniform(0, seconds))).code == 0:

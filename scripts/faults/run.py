@@ -93,6 +93,8 @@ def main() -> None:
         for name in asked.only.split(","):
             for system in asked.systems.split(","):
                 began = time.monotonic()
+                for old in asked.logs.glob(f"{name}-*{system}-[0-9]*"):
+                    old.unlink()
                 finding = FAULTS[name][1](lab, system)
                 print(f"{name} {system}: {finding.ok} of {finding.tried}: {finding.said}", end="")
                 print(f" [{time.monotonic() - began:.0f} s]", flush=True)
