@@ -81,6 +81,9 @@ def main() -> None:
         "Best settings": ", ".join(f"`{name}={value}`" for name, value in {**BEST, **BEST_OF_TRL}.items())
         + "; folders marked as incomplete are passed over. Both columns go on from the newest checkpoint folder, as "
         "the example scripts do",
+        "P7": "a step takes half a second and every fourth is saved; `enable_jit_checkpoint` waits three seconds",
+        "P9": "the Trainer has no max_length: its rows are cut by the script, to the same length",
+        "P11": "read by `lora`, by transformers' HfArgumentParser, and by TRL's TrlParser",
         "Cells": "how often it did what is asked, of how many tries; then all that happened",
         "Raw logs": f"all that the processes said stands in `{asked.logs}` after "
         "`python -m scripts.faults.run`",
