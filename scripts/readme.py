@@ -11,6 +11,7 @@ from lora_cli.screen import size
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "bench" / "results"
+FAULTS = Path(__file__).parent / "faults" / "results" / "faults.md"
 
 
 def main() -> int:
@@ -28,6 +29,7 @@ def filled(text: str) -> str:
     tables = {"methods": methods(), "parts": all_parts(), "keys": keys()}
     tables |= {name: compared(RESULTS / f"{name}.json") for name in ("family", "gradient-view")}
     tables["speed"] = "\n".join(path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("*.md")))
+    tables["faults"] = FAULTS.read_text(encoding="utf-8")
     for name, made in tables.items():
         text = between(text, name, "scripts/readme.py", made)
     return text
