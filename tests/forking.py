@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+GRACE = 8
+"""Seconds that the others get when one process has failed."""
 ASKING = (signals.SIGINT, signals.SIGTERM)
 
 
@@ -133,10 +135,27 @@ def _answers(
         time.sleep(after)
         for child in children if which is None else [children[which]]:
             os.kill(child, signal)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    ended = _all_ended(children)
     seconds = time.perf_counter() - began
     with os.fdopen(said, encoding="utf-8") as text:
-        return {"codes": codes, "seconds": seconds, "said": text.read()}
+        return {"codes": [ended[child] for child in children], "seconds": seconds, "said": text.read()}
+
+
+def _all_ended(children: list[int]) -> dict[int, int]:
+    """Exit codes. As launchers do, end the others some time after one has failed: they may wait for it for ever."""
+    ended: dict[int, int] = {}
+    failed_at = None
+    while len(ended) < len(children):
+        for child in set(children) - ended.keys():
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                ended[child] = os.waitstatus_to_exitcode(status)
+                if ended[child] and failed_at is None:
+                    failed_at = time.monotonic()
+            elif failed_at is not None and time.monotonic() - failed_at > GRACE:
+                os.kill(child, signals.SIGKILL)
+        time.sleep(0.01)
+    return ended
 
 
 def _lose_memory() -> None:

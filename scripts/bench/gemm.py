@@ -43,10 +43,8 @@ def shapes_of(model: str) -> tuple[Sizes, Counter[Shape], Shape]:
     return sizes, shapes, (width, out)
 
 
-def seconds_of(shape: Shape, tokens: int) -> float:
+def seconds_of(shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
     """Median time of x·Wᵀ and dX = dY·W."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     width, out = shape
     W = torch.randn(out, width, device=device, dtype=dtype)
     x = torch.randn(tokens, width, device=device, dtype=dtype)
@@ -57,7 +55,7 @@ def seconds_of(shape: Shape, tokens: int) -> float:
         began = time.perf_counter()
         torch.mm(x, W.t())
         torch.mm(y, W)
-        if device == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         timed.append(time.perf_counter() - began)
     return sorted(timed)[len(timed) // 2]
@@ -79,7 +77,9 @@ def main(model: str, tokens: int, labelled: float) -> None:
     used = [(shape, tokens, count) for shape, count in shapes.items()]
     used.append((head, max(round(tokens * labelled), 1), 1))
     flops = sum(4 * shape[0] * shape[1] * rows * count for shape, rows, count in used)
-    seconds = sum(seconds_of(shape, rows) * count for shape, rows, count in used)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = models.stored_dtype(recipe_of(model, 1, 1).model, device)
+    seconds = sum(seconds_of(shape, rows, device, dtype) * count for shape, rows, count in used)
     print(json.dumps({"sizes": asdict(sizes), "flops_per_second": flops / seconds}))
 
 

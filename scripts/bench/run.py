@@ -211,6 +211,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="does everything run? Its figures say nothing")
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--e2e", type=Path, default=ROOT.parent / "shared/data/e2e/train.jsonl")
+    parser.add_argument("--named", default="", help="added to the names of the results, such as bf16")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder")
     return parser.parse_args()
 
@@ -225,7 +226,7 @@ def main() -> None:
     if asked.short:
         chosen, asked.pairs, parity = [shortened(each) for each in chosen], 1, replace(parity, timed=2)
     asked.results.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{device()} {asked.named}".lower()).strip("-")
     with tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(asked.model, sources, Path(folder), asked.results / f"{name}.json")
         benchmark.help()
