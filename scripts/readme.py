@@ -1,6 +1,7 @@
 """Write the generated tables of README.md: recipe keys, methods, parts; --check says whether they are current."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def filled(text: str) -> str:
     tables = {"methods": methods(), "parts": all_parts(), "keys": keys()}
     tables |= {name: compared(RESULTS / f"{name}.json") for name in ("family", "gradient-view")}
     tables["speed"] = "\n".join(path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("*.md")))
-    tables["faults"] = FAULTS.read_text(encoding="utf-8")
+    tables["faults"] = counts(FAULTS.read_text(encoding="utf-8"))
     for name, made in tables.items():
         text = between(text, name, "scripts/readme.py", made)
     return text
@@ -46,6 +47,15 @@ def between(text: str, name: str, script: str, made: str) -> str:
 def write(name: str, script: str, made: str) -> None:
     """Put what another script has measured between its markers."""
     io_ops.write_text(README, between(README.read_text(encoding="utf-8"), name, script, made))
+
+
+def counts(table: str) -> str:
+    """Of the table of faults the counts, without all that happened, and the first two notes."""
+    lines = [
+        re.sub(r"<br>.*?(?= \| )", "", f"{line} ") for line in table.splitlines() if line.startswith("|")
+    ]
+    notes = [line for line in table.splitlines() if line.startswith("- ")][:2]
+    return "\n".join([*(line.rstrip() for line in lines), "", *notes])
 
 
 def methods() -> str:
