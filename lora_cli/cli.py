@@ -331,24 +331,43 @@ def main() -> None:
     # a core, all of them burn their time doing that. With a short spin a training step on two cores, one of them
     # busy, takes 5.9 s instead of more than 8.5 s, and 2.8 s instead of 2.7 s to 3.0 s when both are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up and say so, as for Ctrl-C
+    asked: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # clean up and say so, as for Ctrl-C
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # shells let what is in the background ignore it
+        signal.signal(signal.SIGINT, stop)
     # Nothing is told to anybody, and no service is asked to convert a model that has pickles alone.
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_SAFETENSORS_CONVERSION": "1"}
     try:
         app()
-    except UserError as error:
+    except (Exception, SystemExit) as error:
+        sys.exit(_told(error, bool(asked)))
+
+
+def _told(error: Exception | SystemExit, stopped: bool) -> int | str | None:
+    """Say what ended the command; returns the exit code.
+
+    Raises:
+        Exception: nobody has asked to stop, and it is none of those that are meant for users.
+    """
+    if isinstance(error, UserError) and (not stopped or error.code is ExitCode.INTERRUPTED):
         _tell(str(error), waits=isinstance(error, AloneError))
-        sys.exit(error.code)
-    except SystemExit as leaving:
-        if leaving.code != TYPERS_CTRL_C:
-            raise
+        return error.code
+    if isinstance(error, SystemExit) and error.code != TYPERS_CTRL_C:
+        return error.code
+    if stopped or isinstance(error, SystemExit):  # whatever a library made of it, such as a failed import
         _tell("stopped")
-        sys.exit(ExitCode.INTERRUPTED)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
+        return ExitCode.INTERRUPTED
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         _tell(f"out of memory\n  → {SMALLER}")
-        sys.exit(ExitCode.OUT_OF_MEMORY)
+        return ExitCode.OUT_OF_MEMORY
+    raise error
 
 
 def _tell(error: str, waits: bool = False) -> None:

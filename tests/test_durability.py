@@ -56,8 +56,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 @pytest.fixture
 def stop_handlers() -> Iterator[None]:
-    """What a command sets for the process, put back."""
+    """What a command sets for the process, put back; it may be ignoring Ctrl-C, as all in the background of a shell."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -569,6 +570,28 @@ def test_a_signal_breaks_an_evaluation_off_which_is_made_up_for(bench, monkeypat
             train(asked, Screen())
     assert caught.value.code is ExitCode.INTERRUPTED
     assert calls == ["begun", "ended", "begun"]
+    assert resumed(asked) == bench.expected
+
+
+@pytest.mark.usefixtures("stop_handlers")
+@pytest.mark.parametrize("place", [(save, "plot"), (models, "load"), (Story, "held_out_sums")])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_makes_an_error_of_is_a_stop_all_the_same(
+    bench, monkeypatch, capsys, place, number
+):
+    """As C code does that is asked to call back in the middle of an import."""
+    asked = bench.recipe()
+
+    def broken(*arguments: Any) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*place, broken)
+        assert lora(patched, "train", str(bench.file(asked))) == ExitCode.INTERRUPTED
+    assert "stopped" in capsys.readouterr().err
     assert resumed(asked) == bench.expected
 
 

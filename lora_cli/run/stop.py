@@ -40,6 +40,10 @@ class Stop:
                 self.breaks = False
         except BrokenOff:
             return None
+        except Exception:
+            if not self.asked:  # else it is what a library made of the break
+                raise
+            return None
 
     def leave(self, step: int, total: int, folder: Path) -> NoReturn:
         """Leave, once everything is saved."""

@@ -71,6 +71,10 @@ class Benchmark:
             "systems": {name: title for name, (_, _, title) in SYSTEMS.items()},
             "workloads": {},
         }
+        if results.exists():  # workloads that are not measured now stay, unless they were of something else
+            known = json.loads(results.read_text(encoding="utf-8"))
+            if all(known[key] == self.found[key] for key in ("device", "model", "versions")):
+                self.found = known | {key: value for key, value in self.found.items() if key != "workloads"}
 
     def measure(self, workload: Workload, against: Sequence[str], pairs: int) -> None:
         """Everything about one workload."""
