@@ -137,12 +137,12 @@ def fitted(points: Sequence[Point]) -> dict[str, float]:
 
 def table(found: dict[str, Any]) -> str:
     """Markdown: a law a line."""
-    lines = ["| cost | at first | for each | R² |", "|---|---|---|---|"]
+    lines = ["| how the cost grows | at first | for each | R² |", "|---|---|---|---|"]
     for name, law in found["laws"].items():
         _, varied, cost = LAWS[name]
-        fit = law["fit"]
-        one = varied.removesuffix(" on one base").removesuffix(" a step").removesuffix(" a row").rstrip("s")
-        lines.append(f"| {cost} | {fit['start']:.3g} | {fit['slope']:.3g} a {one} | {fit['explained']:.3f} |")
+        fit, span = law["fit"], f"{law['points'][0][0]:,} to {law['points'][-1][0]:,}"
+        numbers = f"{fit['start']:.3g} | {fit['slope']:.3g} | {fit['explained']:.3f}"
+        lines.append(f"| {cost}, by {varied}, {span} | {numbers} |")
     return "\n".join([*lines, "", f"{found['device']}; {found['model']}, {found['dtype']}.", ""])
 
 
@@ -156,6 +156,7 @@ def picture(found: dict[str, Any]) -> bytes:
         panel.plot(x, law["fit"]["start"] + law["fit"]["slope"] * x, color="#b8c4d9", linewidth=1.8)
         panel.plot(x, y, "o", color="#2f5b9d", markersize=5)
         panel.set(xlabel=varied, ylabel=cost, ylim=(0, 1.15 * max(y)))
+        panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
     figure.suptitle(f"{found['device']}; {found['model']}, {found['dtype']}", fontsize=10)
     buffer = io.BytesIO()
