@@ -107,8 +107,9 @@ def train(
         int, typer.Option(help="Machines, each of which starts this same command.", min=1, metavar="N")
     ] = 1,
     rendezvous: Annotated[
-        str, typer.Option(help="Where the machines meet: a port of one of them.", metavar="HOST:PORT")
-    ] = "localhost:0",
+        str | None,
+        typer.Option(help="Where the machines meet: a port of one of them.", metavar="HOST:PORT"),
+    ] = None,
 ) -> None:
     """Fine-tune a model as the recipe says and save the adapter.
 
@@ -119,14 +120,34 @@ def train(
 
     loaded = load(recipe, overrides or [], output)
     check_parts(loaded)
-    if processes is not None and RANK not in os.environ:
+    if _is_to_launch(processes, nodes, rendezvous):
         from lora_cli.run.launch import launch
 
-        launch(sys.argv[1:], processes, nodes, rendezvous)
+        launch(sys.argv[1:], processes or 1, nodes, rendezvous or "localhost:0")
         return
     from lora_cli.run.train import train
 
     train(loaded.recipe, Screen(), resume, allow_change or [])
+
+
+def _is_to_launch(processes: int | None, nodes: int, rendezvous: str | None) -> bool:
+    """Whether this command is to start the processes, and is none of them.
+
+    Raises:
+        UserError: an option would be read and passed over.
+    """
+    if (nodes > 1) != (rendezvous is not None):
+        what, fix = "--nodes and --rendezvous go together", "--nodes 2 --rendezvous first-machine:29500"
+        raise UserError(what, fix=fix)
+    if processes is None:
+        if nodes > 1:
+            raise UserError("how many processes on each machine?", where="--nodes", fix="add --processes N")
+        return False
+    started = os.environ.get("WORLD_SIZE", "1")
+    if RANK in os.environ and int(started) != processes * nodes:
+        what = f"a launcher has started {started} processes, not {processes * nodes}"
+        raise UserError(what, where="--processes", fix="leave it to the launcher")
+    return RANK not in os.environ
 
 
 @app.command()

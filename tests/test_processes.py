@@ -16,9 +16,10 @@ import torch
 import typer
 import yaml
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from lora_cli.cli import app
-from lora_cli.errors import ExitCode
+from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
@@ -174,6 +175,26 @@ def test_one_option_starts_the_processes_and_hands_their_exit_code_on(bench):
     again = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert again.returncode == ExitCode.LOCKED
     assert again.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "started", "reason"),
+    [
+        (["--nodes", "2", "--processes", "1"], None, "go together"),
+        (["--rendezvous", "a:1", "--processes", "1"], None, "go together"),
+        (["--nodes", "2", "--rendezvous", "a:1"], None, "how many processes"),
+        (["--processes", "3"], "2", "a launcher has started 2 processes, not 3"),
+    ],
+)
+def test_an_option_that_would_be_passed_over_is_refused(bench, monkeypatch, options, started, reason):
+    if started is not None:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", started)
+    recipe = bench.recipe()
+    ended = CliRunner().invoke(app, ["train", str(bench.file(recipe)), *options])
+    assert isinstance(ended.exception, UserError)
+    assert reason in str(ended.exception)
+    assert not root_of(recipe).exists()
 
 
 @pytest.fixture
