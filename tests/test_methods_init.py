@@ -119,6 +119,16 @@ def test_fast_pissa_gets_to_the_exact_one(shape):
     assert errors[0] > errors[2]
 
 
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (200, 200)])
+def test_fast_pissa_leaves_within_one_percent_of_the_least_on_the_flattest_spectrum(shape):
+    """That of a matrix of noise, where no direction stands out: no trained weight is harder."""
+    base = base_of("linear", shape)
+    base.set_weight(torch.randn(shape))
+    best = spectrum(base.weight())[1][R:].square().sum().sqrt().item()
+    left = (base.weight() - product(started("pissa", base, niter=8))).norm().item()
+    assert best * (1 - 1e-5) <= left <= best * 1.01
+
+
 def test_fast_pissa_leaves_the_random_numbers_of_everybody_else_alone():
     base = base_of("linear", SHAPES[0])
     state = torch.get_rng_state()
