@@ -22,7 +22,8 @@ from lora_cli.run.trackers import Trackers
 from lora_cli.screen import Screen, duration, size
 from lora_cli.train import checkpoint
 from lora_cli.train.exact import exactly
-from lora_cli.train.loop import StepReport, Training, token_budget, train_steps
+from lora_cli.train.gradient import token_budget
+from lora_cli.train.loop import StepReport, Training, train_steps
 from lora_cli.train.processes import Processes, joined
 
 
