@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.data.example import Batch
-from lora_cli.data.pack import micro_batches
+from lora_cli.data.pack import micro_batches, nothing
 from lora_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ def accumulate(
         The micro-batches of this process, the loss of each, and the loss of all rows, still on the device.
     """
     while True:
-        batches = _mine(run, rows)
+        batches = _evened(run, _mine(run, rows))
         try:
             losses, pieces = _backwards(run, batches, trained_tokens)
             enough = True
         except torch.OutOfMemoryError as error:
+            if run.shares is not None:
+                raise _out_of_memory(run) from error
             several = [batch for batch in batches if len(batch.rows) > 1]
             if not several:
                 raise _too_long(run, max(batches, key=_cells)) from error
@@ -69,6 +71,14 @@ def _mine(run: "Training", rows: list[int]) -> list[Batch]:
         pad_id=run.pad_id,
     )
     return [*run.processes.share(batches)] if run.adds_in_order else batches
+
+
+def _evened(run: "Training", batches: list[Batch]) -> list[Batch]:
+    """As many in every process, the last ones of nothing: a base that is shared out is gathered by all together."""
+    if run.shares is None:
+        return batches
+    missing = run.processes.most(len(batches)) - len(batches)
+    return [*batches, *(nothing(run.pad_id) for _ in range(missing))]
 
 
 def _backwards(
@@ -146,6 +156,15 @@ def _shrink_alike(run: "Training") -> None:
 
 def _cells(batch: Batch) -> int:
     return batch.input_ids.numel()
+
+
+def _out_of_memory(run: "Training") -> UserError:
+    """Of a base that is shared out: the others wait in the middle of a block, and cannot be told to start again."""
+    what, fix = f"out of memory in step {run.step + 1}", "a smaller train.micro_batch_size"
+    if not run.train.gradient_checkpointing:
+        fix += ", or train.gradient_checkpointing: true"
+    where = "train.parallel: fsdp"
+    return UserError(what, where=where, fix=f"{fix}; then --resume", code=ExitCode.OUT_OF_MEMORY)
 
 
 def _too_long(run: "Training", batch: Batch) -> UserError:

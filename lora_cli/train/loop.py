@@ -35,6 +35,7 @@ from lora_cli.train.gradient import accumulate, token_budget, unconnected
 from lora_cli.train.loss import Loss
 from lora_cli.train.measure import measure
 from lora_cli.train.processes import Processes
+from lora_cli.train.sharding import Shares
 
 WATCHED_STEPS = 20
 """A tensor whose gradient was zero in all of the first so many steps is not connected to the loss."""
@@ -74,6 +75,8 @@ class Training:
     precision: torch.dtype
     packing: bool
     pad_id: int
+    shares: Shares | None = None
+    """Where the base is shared out among the processes."""
     step: int = 0
     """Optimizer steps done."""
     max_tokens: int | None = None
