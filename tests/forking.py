@@ -162,9 +162,9 @@ def _lose_memory() -> None:
     """From now on a backward pass over two rows is too much."""
     import torch
 
-    from lora_cli.train import loop
+    from lora_cli.train import gradient
 
-    real = loop._backward
+    real = gradient._backward
 
     def backward(run: Any, batch: Any, *others: Any) -> Any:
         loss = real(run, batch, *others)
@@ -172,7 +172,7 @@ def _lose_memory() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
-    loop._backward = backward
+    gradient._backward = backward
 
 
 def _answer(arguments: list[str], after: float | None, signal: int, file_bytes: int | None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from lora_cli.run.open import open_model
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
 from lora_cli.train import checkpoint, loop
+from lora_cli.train.gradient import accumulate
 from lora_cli.train.loss import Loss
 from tests import tiny
 from tests.bench import SMALL, Bench, contents, often, result, root_of
@@ -125,7 +126,7 @@ def gradient(run: loop.Training, micro_batch: int, packing: bool) -> Tensor:
     run.max_rows, run.packing = micro_batch, packing
     run.optimizer.zero_grad(set_to_none=True)
     rows = list(range(8))
-    loop._accumulate(run, rows, int(run.examples.trained_counts[rows].sum()))
+    accumulate(run, rows, int(run.examples.trained_counts[rows].sum()))
     return joined([p.grad for p in run.adapter.trainable().values()])
 
 

@@ -31,7 +31,7 @@ from lora_cli.run import compare, save
 from lora_cli.run.evaluate import evaluate
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
-from lora_cli.train import loop
+from lora_cli.train import gradient
 from tests import tiny
 from tests.conftest import ROWS
 from tests.recipe_values import as_yaml
@@ -376,7 +376,7 @@ def quiet() -> Screen:
 def recorded() -> Iterator[list[str]]:
     """The micro-batches, the prompts answered at once, and the calls of an MLP while gradients are kept."""
     found: list[str] = []
-    backward, generate = loop._backward, generation._generate
+    backward, generate = gradient._backward, generation._generate
 
     def noted_backward(run: Any, batch: Any, *rest: Any) -> Any:
         found.append(f"batch {tuple(batch.input_ids.shape)}")
@@ -392,7 +392,7 @@ def recorded() -> Iterator[list[str]]:
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(noted_call)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_backward", noted_backward)
+        patch.setattr(gradient, "_backward", noted_backward)
         patch.setattr(generation, "_generate", noted_generate)
         patch.setattr(save, "plot", lambda folder: None)  # slow, and the log has all of it
         try:
@@ -474,13 +474,13 @@ def test_only_deterministic_kernels_are_taken_when_that_is_wanted(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, wanted: bool
 ) -> None:
     """What it says of several processes is shown in test_processes.py."""
-    seen, real = set[bool](), loop._backward
+    seen, real = set[bool](), gradient._backward
 
     def noted(*arguments: Any) -> Any:
         seen.add(torch.are_deterministic_algorithms_enabled())
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_backward", noted)
+    monkeypatch.setattr(gradient, "_backward", noted)
     runs.trained({"train.deterministic": wanted, "train.seed": 5})
     assert seen == {wanted}
     assert not torch.are_deterministic_algorithms_enabled()

@@ -28,10 +28,12 @@ from lora_cli.presets import Method
 from lora_cli.recipe.load import settings_of
 from lora_cli.recipe.schema import Part
 
-__all__ = ["CONFIG", "Saved", "fill", "fingerprint", "plan_of", "read", "save", "write"]
+__all__ = ["CONFIG", "Saved", "fill", "fingerprint", "note_signs", "plan_of", "read", "save", "write"]
 
 SAMPLED_WEIGHTS = 4096
 """Of each layer, for the base's fingerprint."""
+SIGNS = "signs"
+"""Buffer of a layer whose weights were sampled before."""
 
 
 def save(
@@ -114,13 +116,26 @@ def fingerprint(model: nn.Module, plan: Plan) -> str:
     """
     digest = hashlib.sha256()
     for spec in sorted(plan.layers, key=lambda spec: spec.name):
-        weight = model.get_submodule(spec.name).weight
-        assert isinstance(weight, Tensor), "a layer that can be adapted has a weight"
-        flat = weight.detach().flatten()
-        sample = flat[:: max(flat.numel() // SAMPLED_WEIGHTS, 1) | 1].cpu()  # odd, to go through all columns
         digest.update(f"{spec.name}:{spec.in_features}x{spec.out_features}".encode())
-        digest.update(torch.signbit(sample).numpy().tobytes())
+        digest.update(_signs(model.get_submodule(spec.name)).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def note_signs(model: nn.Module, plan: Plan) -> None:
+    """Note what the fingerprint is made of: of a base that is shared out, no process has all of it to look at."""
+    for spec in plan.layers:
+        module = model.get_submodule(spec.name)
+        module.register_buffer(SIGNS, _signs(module), persistent=False)
+
+
+def _signs(module: nn.Module) -> Tensor:
+    noted = dict(module.named_buffers(recurse=False)).get(SIGNS)
+    if noted is not None:
+        return noted
+    assert isinstance(module.weight, Tensor), "a layer that can be adapted has a weight"
+    flat = module.weight.detach().flatten()
+    sample = flat[:: max(flat.numel() // SAMPLED_WEIGHTS, 1) | 1]  # odd, to go through all columns
+    return torch.signbit(sample)
 
 
 # ---- a plan from tensors and config -------------------------------------------------------------------------------

@@ -92,6 +92,13 @@ def micro_batches(
     return [_padded(group, pad_id) for group in _alike(found, max_tokens, max_rows)]
 
 
+def nothing(pad_id: int) -> Batch:
+    """A batch of no example: one token, which is not learned, so that its loss and its gradient are zero."""
+    return Batch(
+        torch.tensor([[pad_id]]), torch.tensor([[IGNORE]]), torch.zeros(1, 1, dtype=torch.int64), None, ()
+    )
+
+
 Group = list[tuple[int, Example]]
 
 

@@ -1,7 +1,7 @@
 """Mean loss per trained token over held-out examples."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,7 @@ def row_sums(
     max_tokens: int,
     pad_id: int,
     rows: int | None = None,
-    share: Callable[[list[Batch]], Sequence[Batch]] = list,
+    share: Callable[[list[Batch]], Iterable[Batch]] = list,
 ) -> Tensor:
     """−Σ log p over the trained tokens of each example, and how many these are: float64 [rows, 2], on the CPU.
 

@@ -433,6 +433,12 @@ class TrainRecipe(Section):
         description="Also on a GPU only kernels that always give the same bits, and sums over micro-batches in an "
         "order that does not depend on the number of processes; slower.",
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="What each of several processes keeps; ddp: the whole base; fsdp: its share of the base, for one "
+        "that does not fit on a GPU: each block is gathered when it computes, which is slower. The adapter is whole "
+        "in each, and what is learned is the same.",
+    )
     log_steps: Positive = Field(
         default=1, description="Steps between lines on a plain screen and points in trackers."
     )
@@ -542,6 +548,11 @@ class Recipe(Section):
                 yield f"'train.{key}' needs held-out rows; set 'data.eval' or 'data.eval_fraction'"
         if self.eval.samples and not held_out:
             yield "'eval.samples' needs held-out rows; set 'data.eval' or 'data.eval_fraction'"
+        if self.train.parallel == "fsdp" and "everything" in self.adapter.train_also:
+            yield (
+                "'train.parallel' fsdp shares out what is frozen, and 'adapter.train_also' everything leaves nothing; "
+                "leave one of them out"
+            )
         stored, computed = self.model.dtype, self.train.precision
         if stored in ("bfloat16", "float16") and computed not in ("auto", stored):
             yield (

@@ -23,7 +23,7 @@ from lora_cli.recipe.schema import EvalRecipe, Recipe
 from lora_cli.run import prepare
 from lora_cli.run.open import Opened, adapter_folder, best_device, open_model, trained_with
 from lora_cli.screen import Screen
-from lora_cli.train.loop import token_budget
+from lora_cli.train.gradient import token_budget
 
 PREDICTIONS = "predictions.jsonl"
 LABELS = {

@@ -14,8 +14,8 @@ from lora_cli.recipe.load import load
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run.folder import RunFolder
 
-NOT_TRAINED = {"output.dir", "compare.variants"}
-"""Keys that say nothing about the training: a run folder may be moved."""
+NOT_TRAINED = {"output.dir", "compare.variants", "train.parallel"}
+"""Keys that say nothing about what is learned: a run folder may be moved, and its base shared out otherwise."""
 
 Contents = dict[str, dict[str, str]]
 """Key of the recipe -> name of a file (or id on the Hub) that it stands for -> fingerprint."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import attention, io_ops, parts, presets
 from lora_cli import model as models
-from lora_cli.adapter import peft_format, rules
+from lora_cli.adapter import files, peft_format, rules
 from lora_cli.adapter import plan as plans
 from lora_cli.adapter.inject import inject
 from lora_cli.adapter.plan import Plan
@@ -24,6 +24,7 @@ from lora_cli.recipe.schema import Recipe, TrainRecipe
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
 from lora_cli.train.measure import measure
+from lora_cli.train.sharding import share_out
 
 MEASURED_ROWS = 32
 """Training rows that an init looks at which has no setting for it."""
@@ -58,6 +59,30 @@ def plan_for(recipe: Recipe, language: LanguageModel) -> Plan:
         untied=recipe.model.untie,
         optimizer=recipe.train.optimizer,
     )
+
+
+def shares_out(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Whether the base is shared out among the processes."""
+    return recipe.train.parallel == "fsdp" and accelerator.num_processes > 1
+
+
+def load_model(recipe: Recipe, accelerator: Accelerator) -> LanguageModel:
+    """The model, on the device; a base that is to be shared out stays on the CPU until then.
+
+    There its files are mapped, not read, where they have the type that it is kept in: then no process ever has more
+    than its share in memory of its own.
+
+    Raises:
+        UserError: every block would be kept whole after all, in the type that it computes in.
+    """
+    if not shares_out(recipe, accelerator):
+        return models.load(recipe.model, accelerator.device)
+    stored, computed = models.stored_dtype(recipe.model, accelerator.device), recipe.train.precision
+    if computed not in ("auto", "float32") and stored is not DTYPES[computed]:
+        what = f"a base that is computed in {computed} but stored in {str(stored).removeprefix('torch.')} is cast "
+        what += "block by block, and the casts are kept"
+        raise UserError(what, where="train.parallel: fsdp", fix=f"set model.dtype: {computed}")
+    return models.load(recipe.model.model_copy(update={"dtype": str(stored).removeprefix("torch.")}))
 
 
 def load_data(recipe: Recipe, tokenizer: Any, cache: Path) -> Datasets:
@@ -97,10 +122,14 @@ def training(
     """Inject the adapter, make the optimizer, and put the model in training mode."""
     plan = plan_for(recipe, language)
     check_fit(language.model, datasets)
-    packing = _packs(recipe, language.model)
     precision = precision_of(recipe, language.model, accelerator.device)
     plan, statistics = _measured(plan, language, datasets, recipe.train.seed, precision)
+    shared = shares_out(recipe, accelerator)
+    if shared:
+        files.note_signs(language.model, plan)
     adapter = inject(language.model, plan, recipe.train.seed, statistics)
+    shares = share_out(language.model, adapter, accelerator) if shared else None
+    packing = _packs(recipe, language.model)
     if recipe.train.gradient_checkpointing:
         _recompute(language.model)
     language.model.train()
@@ -114,6 +143,7 @@ def training(
         precision=precision,
         packing=packing,
         pad_id=language.pad_id,
+        shares=shares,
     )
 
 

@@ -18,9 +18,15 @@ class BrokenOff(KeyboardInterrupt):
 class Stop:
     """Set by the first SIGINT or SIGTERM; the second ends the process at once."""
 
-    def __init__(self) -> None:
-        """Nobody has asked."""
+    def __init__(self, anywhere: bool = True) -> None:
+        """Nobody has asked.
+
+        Args:
+            anywhere: whether work may be broken off at any point. Where other processes wait for what this one
+                computes, the work itself has to raise `BrokenOff`, in all of them at the same point.
+        """
         self.asked = self.breaks = False
+        self.anywhere = anywhere
 
     def ask(self, number: int, frame: Any) -> None:
         """Signal handler."""
@@ -34,14 +40,14 @@ class Stop:
         """Do what can be done again later; the first signal breaks it off without an error, and there is no result."""
         try:
             try:
-                self.breaks = True
-                return None if self.asked else work()
+                self.breaks = self.anywhere
+                return None if self.asked and self.anywhere else work()
             finally:
                 self.breaks = False
         except BrokenOff:
             return None
         except Exception:
-            if not self.asked:  # else it is what a library made of the break
+            if not (self.asked and self.anywhere):  # else it is what a library made of the break
                 raise
             return None
 
@@ -56,9 +62,9 @@ class Stop:
 
 
 @contextmanager
-def stop_signals() -> Generator[Stop]:
+def stop_signals(anywhere: bool = True) -> Generator[Stop]:
     """Inside the block SIGINT and SIGTERM ask to stop after the step that is under way."""
-    stop = Stop()
+    stop = Stop(anywhere)
     before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

@@ -10,19 +10,22 @@ from torch import Tensor
 
 from lora_cli import io_ops
 from lora_cli import model as models
+from lora_cli.data.example import Batch
 from lora_cli.data.load import Datasets
+from lora_cli.data.pack import nothing
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.evaluate.loss import HeldOutLoss, row_sums
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import origin, prepare, save
 from lora_cli.run.folder import Onlooker, RunFolder
-from lora_cli.run.stop import Stop, stop_signals
+from lora_cli.run.stop import BrokenOff, Stop, stop_signals
 from lora_cli.run.trackers import Trackers
 from lora_cli.screen import Screen, duration, size
 from lora_cli.train import checkpoint
 from lora_cli.train.exact import exactly
-from lora_cli.train.loop import StepReport, Training, token_budget, train_steps
+from lora_cli.train.gradient import token_budget
+from lora_cli.train.loop import StepReport, Training, train_steps
 from lora_cli.train.processes import Processes, joined
 
 
@@ -49,7 +52,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
             if processes.told(folder.writes and _is_finished(folder, recipe, screen, allowed)):
                 return folder.adapter
             held = _begun_with(folder, recipe, allowed) if folder.writes else None
-            language = models.load(recipe.model, accelerator.device)
+            language = prepare.load_model(recipe, accelerator)
             cache = prepare.cache_folder(folder.root)
             datasets = processes.first_alone(lambda: prepare.load_data(recipe, language.tokenizer, cache))
             run = prepare.training(recipe, language, datasets, accelerator)
@@ -114,6 +117,11 @@ class Story:
             f"{counts.examples:,} examples, {counts.trained_tokens:,} of {counts.tokens:,} tokens trained; "
             f"{run.total_steps:,} steps of {run.train.batch_size} on {run.accelerator.device}, {rows}{together}"
         )
+        if run.shares is not None:
+            held, whole = size(run.shares.held), size(run.shares.whole)
+            self.screen.note(f"the base is shared out: {held}B of {whole}B in each process")
+        elif run.train.parallel == "fsdp":
+            self.screen.note("one process alone keeps the whole base")
         if run.precision is torch.float32 and models.multiplies_bfloat16(run.accelerator.device):
             self.screen.note("this CPU is about twice as fast with --set model.dtype=bfloat16")
 
@@ -121,7 +129,10 @@ class Story:
         """Train to the end, or until stopped."""
         train, run = self.recipe.train, self.run
         trackers = Trackers(self.recipe, self.folder)
-        with self.screen.steps(run.total_steps, run.step, train.log_steps) as shown, stop_signals() as stop:
+        with (
+            self.screen.steps(run.total_steps, run.step, train.log_steps) as shown,
+            stop_signals(run.shares is None) as stop,
+        ):
             if run.step > 0 and self.lacks_evaluation():  # stopped in the middle of it
                 self.evaluate(trackers, stop)
             for report in self.left_to_do():
@@ -181,7 +192,7 @@ class Story:
     def held_out_loss(self, stop: Stop) -> HeldOutLoss | None:
         """On the rows that are not learned from; None when somebody asks to stop, in whichever process."""
         assert self.datasets.eval is not None
-        sums, processes = stop.unless_asked(self.held_out_sums), self.run.processes
+        sums, processes = stop.unless_asked(lambda: self.held_out_sums(stop)), self.run.processes
         if processes.any(sums is None) or sums is None:
             return None
         if processes.size > 1:
@@ -190,7 +201,7 @@ class Story:
             sums = on_device.cpu()
         return HeldOutLoss.of(sums, self.datasets.eval)
 
-    def held_out_sums(self) -> Tensor:
+    def held_out_sums(self, stop: Stop) -> Tensor:
         """What that loss is made of: the share of this process, as many rows at once as training had memory for."""
         assert self.datasets.eval is not None
         device = self.run.accelerator.device
@@ -202,12 +213,23 @@ class Story:
                 max_tokens=self.run.max_tokens or token_budget(device),
                 pad_id=self.run.pad_id,
                 rows=self.recipe.eval.max_rows,
-                share=self.run.processes.share,
+                share=lambda batches: self.mine(batches, stop),
             )
+
+    def mine(self, batches: list[Batch], stop: Stop) -> Iterator[Batch]:
+        """The share of this process. Where they gather the base together, all have as many, and stop after the same."""
+        processes = self.run.processes
+        if self.run.shares is None:
+            yield from processes.share(batches)
+            return
+        for batch in processes.share_evenly(batches, nothing(self.run.pad_id)):
+            if processes.any(stop.asked):
+                raise BrokenOff
+            yield batch
 
     def show_samples(self) -> None:
         """Generate a few answers, so that a person sees what the numbers mean."""
-        if self.recipe.eval.samples and self.folder.writes:
+        if self.recipe.eval.samples and (self.folder.writes or self.run.shares is not None):
             save.show_samples(self.recipe, self.datasets, self.language, self.screen)
 
     def is_enough(self) -> bool:
@@ -257,6 +279,8 @@ class Story:
         seconds = sum(line.get("seconds", 0.0) for line in self.folder.lines())
         sent, steps = self.run.processes.sent, max(self.run.step, 1)
         share = f"; each process sent {size(sent / steps)}B a step" if sent else ""
+        if self.run.shares is not None:
+            share += f" and was sent {size(self.run.shares.gathering.received / steps)}B of the base"
         self.screen.note(
             f"trained {self.run.step:,} steps in {duration(seconds)}; adapter in {self.folder.adapter}{share}"
         )

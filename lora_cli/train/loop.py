@@ -4,7 +4,6 @@ There is no hidden state: the rows of a step follow from (seed, step), dropout f
 learning rate from step. That is what makes going on from a checkpoint exact.
 """
 
-import hashlib
 import math
 import resource
 import sys
@@ -27,14 +26,16 @@ from lora_cli.adapter.inject import Adapter, tensors_of
 from lora_cli.adapter.lifecycle import Lifecycle
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import Batch
-from lora_cli.data.pack import epoch_order, micro_batches
+from lora_cli.data.pack import epoch_order
 from lora_cli.errors import ExitCode, UserError, some_of
 from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
+from lora_cli.train.gradient import accumulate, token_budget, unconnected
 from lora_cli.train.loss import Loss
 from lora_cli.train.measure import measure
 from lora_cli.train.processes import Processes
+from lora_cli.train.sharding import Shares
 
 WATCHED_STEPS = 20
 """A tensor whose gradient was zero in all of the first so many steps is not connected to the loss."""
@@ -74,6 +75,8 @@ class Training:
     precision: torch.dtype
     packing: bool
     pad_id: int
+    shares: Shares | None = None
+    """Where the base is shared out among the processes."""
     step: int = 0
     """Optimizer steps done."""
     max_tokens: int | None = None
@@ -151,20 +154,6 @@ class Training:
         """Whether micro-batches are added up in the order that one process would add them up in."""
         return self.train.deterministic and self.processes.size > 1
 
-    def shrink(self, batch: Batch) -> None:
-        """From now on at most half of this micro-batch at once."""
-        if self.max_tokens is not None:
-            self.max_tokens = min(self.max_tokens, _cells(batch)) // 2
-        else:
-            self.max_rows = len(batch.rows) // 2
-
-    def shrink_alike(self) -> None:
-        """From now on as little at once as the process with the least memory."""
-        if self.max_tokens is not None:
-            self.max_tokens = self.processes.least(self.max_tokens)
-        if self.max_rows is not None:
-            self.max_rows = self.processes.least(self.max_rows)
-
     def measure(self, kind: str) -> dict[str, Tensor]:
         """What an init asks for, on the rows of the next step."""
         return measure(
@@ -200,7 +189,7 @@ def _step(run: Training, rows: list[int]) -> StepReport:
     optim.set_learning_rate(run.optimizer, rate)
     trained_tokens = int(run.examples.trained_counts[rows].sum())
     at_once = run.at_once
-    batches, losses, loss = _accumulate(run, rows, trained_tokens)
+    batches, losses, loss = accumulate(run, rows, trained_tokens)
     _penalise(run)
     loss, grad_norm = _finished(run, loss, rate)
     _check_finite(run, loss, grad_norm, losses, batches)
@@ -226,135 +215,12 @@ def _step(run: Training, rows: list[int]) -> StepReport:
     )
 
 
-def _accumulate(
-    run: Training, rows: list[int], trained_tokens: int
-) -> tuple[list[Batch], list[Tensor], Tensor]:
-    """The gradient of all rows, in every process; in smaller micro-batches from now on where memory is short.
-
-    The step is the same: it is a sum over its rows, however they are split.
-
-    Returns:
-        The micro-batches of this process, the loss of each, and the loss of all rows, still on the device.
-    """
-    while True:
-        batches = _mine(run, rows)
-        try:
-            losses, pieces = _backwards(run, batches, trained_tokens)
-            enough = True
-        except torch.OutOfMemoryError as error:
-            several = [batch for batch in batches if len(batch.rows) > 1]
-            if not several:
-                raise _too_long(run, max(batches, key=_cells)) from error
-            run.shrink(max(several, key=_cells))
-            losses, pieces, enough = [], [], False
-        if enough or run.processes.size > 1:
-            loss = _added_up(run, losses, pieces, enough)
-            if loss is not None:
-                return batches, losses, loss
-        # Outside the except clause, which keeps what did not fit alive.
-        run.optimizer.zero_grad(set_to_none=True)
-        if run.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _backwards(run: Training, batches: list[Batch], trained_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Loss and, where they are added up in order, gradient of each micro-batch of this process."""
-    losses: list[Tensor] = []
-    pieces: list[Tensor] = []
-    for index, batch in enumerate(batches):
-        losses.append(_backward(run, batch, index, trained_tokens))
-        if run.adds_in_order:
-            pieces.append(torch.cat([each.reshape(-1) for each in (*_gradients(run), losses[-1])]))
-            run.optimizer.zero_grad(set_to_none=True)
-    return losses, pieces
-
-
-def _gradients(run: Training) -> list[Tensor]:
-    """Of every trained tensor, in float32; zero where it has none."""
-    for parameter in run.trained.values():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    return [p.grad for p in run.trained.values() if p.grad is not None]
-
-
-def _added_up(run: Training, losses: list[Tensor], pieces: list[Tensor], enough: bool) -> Tensor | None:
-    """Add loss and gradients up over the processes; None when the memory of one of them was not enough."""
-    gradients = _gradients(run)
-    loss = torch.zeros((), device=run.accelerator.device)
-    if run.adds_in_order:
-        run.processes.sum_in_order(pieces, [*gradients, loss])
-        short = run.processes.any(not enough)
-    else:
-        for each in losses:  # one after the other, as above
-            loss = loss + each
-        missing = torch.full_like(loss, not enough)
-        run.processes.sum([*gradients, loss, missing])
-        short = run.processes.size > 1 and bool(missing)
-    if short:
-        run.shrink_alike()
-        return None
-    return loss
-
-
-def _cells(batch: Batch) -> int:
-    return batch.input_ids.numel()
-
-
-def _too_long(run: Training, batch: Batch) -> UserError:
-    tokens, where = _cells(batch), run.examples[batch.rows[0]].where
-    more = "" if run.train.gradient_checkpointing else "train.gradient_checkpointing: true, "
-    return UserError(
-        f"one row of {tokens:,} tokens needs more memory than there is",
-        where=where,
-        fix=f"{more}a smaller data.max_length, or a smaller model",
-        code=ExitCode.OUT_OF_MEMORY,
-    )
-
-
-def _mine(run: Training, rows: list[int]) -> list[Batch]:
-    """The micro-batches of this process: of every so many-th row, by length, so that all have about the same to do.
-
-    Where they are added up in order they are every so many-th of those that one process would make.
-    """
-    by_length = sorted(rows, key=lambda row: -int(run.examples.lengths[row]))
-    batches = micro_batches(
-        run.examples,
-        by_length if run.adds_in_order else run.processes.share(by_length),
-        max_tokens=run.max_tokens,
-        max_rows=run.max_rows,
-        packing=run.packing,
-        pad_id=run.pad_id,
-    )
-    return [*run.processes.share(batches)] if run.adds_in_order else batches
-
-
-def token_budget(device: torch.device) -> int:
-    """Tokens computed at once under `micro_batch_size: auto`: enough to keep the device busy, few enough to fit."""
-    return 8192 if device.type == "cuda" else 768
-
-
-def _backward(run: Training, batch: Batch, index: int, trained_tokens: int) -> Tensor:
-    """Add the gradient of one micro-batch; returns its loss as a share of the step's, still on the device."""
-    of_all = index * run.processes.size + run.processes.rank
-    torch.manual_seed(_seed(run.train.seed, run.step, of_all))
-    with run.computing():
-        loss = run.loss(batch, run.accelerator.device) / trained_tokens
-    if not loss.requires_grad:
-        raise _unconnected(run, list(run.adapter.trainable()), run.step + 1)
-    run.scaler.scale(loss).backward()
-    return loss.detach()
-
-
 def _penalise(run: Training) -> None:
     """Add the gradient of what the lifecycle puts on top of the loss, once a step; it has no share in the report."""
     for lifecycle in run.lifecycles:
         penalty = lifecycle.penalty(run)
         if penalty is not None:
             run.scaler.scale(penalty).backward()
-
-
-def _seed(*numbers: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
 def _finished(run: Training, loss: Tensor, rate: float) -> tuple[float, float]:
@@ -446,7 +312,7 @@ def _check_connected(run: Training, steps: int) -> None:
     if steps < WATCHED_STEPS and any(seen.values()):
         dead = _of_dead_layers(run, dead)
     if dead and run.train.learning_rate > 0:
-        raise _unconnected(run, dead, min(steps, WATCHED_STEPS))
+        raise unconnected(run, dead, min(steps, WATCHED_STEPS))
 
 
 def _of_dead_layers(run: Training, dead: list[str]) -> list[str]:
@@ -456,16 +322,6 @@ def _of_dead_layers(run: Training, dead: list[str]) -> list[str]:
         for name, layer in run.adapter.layers.items()
     )
     return [name for names in layers if set(names) <= set(dead) for name in names]
-
-
-def _unconnected(run: Training, dead: list[str], steps: int) -> UserError:
-    of = len(run.connected)
-    return UserError(
-        f"{'nothing' if len(dead) == of else dead[0]} received a gradient in the first {steps} steps",
-        where=f"{len(dead)} of {of} trained tensors",
-        fix="leave these modules out with adapter.exclude_modules",
-        code=ExitCode.LEARNED_NOTHING,
-    )
 
 
 def peak_memory(device: torch.device) -> int:

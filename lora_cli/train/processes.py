@@ -43,6 +43,11 @@ class Processes:
         """Every so many-th: over all processes each of them once."""
         return things[self.rank :: self.size]
 
+    def share_evenly(self, things: Sequence[T], filler: T) -> Sequence[T]:
+        """The same, with `filler` at the end where others have one thing more: all have equally many."""
+        mine = self.share(things)
+        return mine if len(mine) * self.size >= len(things) else [*mine, filler]
+
     def first_alone(self, work: Callable[[], T]) -> T:
         """Do what leaves files: first one process of each machine, then the others, who find them.
 
@@ -51,7 +56,7 @@ class Processes:
         if self.size == 1:
             return work()
         found = work() if self.is_first_of_machine else None
-        with _others_alive():
+        with others_alive():
             dist.barrier(self.patient)
         return work() if found is None else found
 
@@ -76,7 +81,7 @@ class Processes:
             mine = pieces[number] if number < len(pieces) else nothing
             of_all = [torch.empty_like(mine) for _ in range(self.size)]
             self.sent += mine.nbytes
-            with _others_alive():
+            with others_alive():
                 dist.all_gather(of_all, mine)
             for piece in of_all:
                 total = total + piece
@@ -88,13 +93,17 @@ class Processes:
             return value
         return int(self._reduced(torch.tensor(value, device=self.device), dist.ReduceOp.MIN))
 
+    def most(self, value: int) -> int:
+        """The largest of everybody's values."""
+        return -self.least(-value)
+
     def any(self, flag: bool) -> bool:
         """Whether it is so in some process."""
         return not self.least(not flag)
 
     def all_of(self, values: list[T]) -> list[T]:
         """Everybody's values, by rank."""
-        with _others_alive():
+        with others_alive():
             return cast(list[T], gather_object(values))
 
     def told(self, value: T) -> T:
@@ -102,20 +111,20 @@ class Processes:
         if self.size == 1:
             return value
         values: list[Any] = [value]
-        with _others_alive():
+        with others_alive():
             broadcast_object_list(values)
         return values[0]
 
     def start_alike(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the values of the first, in place: what is computed need not be the same everywhere."""
         if self.size > 1:
-            with _others_alive(), torch.no_grad():
+            with others_alive(), torch.no_grad():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
     def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
         self.sent += tensor.nbytes
-        with _others_alive():
+        with others_alive():
             dist.all_reduce(tensor, how)
         return tensor
 
@@ -128,7 +137,7 @@ def joined() -> Iterator[Accelerator]:
     accelerator = Accelerator(cpu=True) if several and not torch.cuda.is_available() else Accelerator()
     yield accelerator
     if several:  # not after an error: nobody would come to the barrier
-        with _others_alive():
+        with others_alive():
             accelerator.wait_for_everyone()
         accelerator.end_training()
 
@@ -139,7 +148,7 @@ def _put(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _others_alive() -> Iterator[None]:
+def others_alive() -> Iterator[None]:
     """What a process meets when another one is gone."""
     try:
         yield

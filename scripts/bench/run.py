@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 from workloads import Sources, Workload
 
 from lora_cli import io_ops
-from lora_cli.train.loop import token_budget
+from lora_cli.train.gradient import token_budget
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

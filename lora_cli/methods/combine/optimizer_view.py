@@ -20,6 +20,7 @@ forbids = {
     "lora_bias": "there is no B whose bias could be added",
     "base.embedding": "every step would touch every row of the vocabulary",
     "base.quantized": "W is written after every step",
+    "train.parallel": "each process would keep a whole W of every layer, in float32",
 }
 
 

@@ -20,6 +20,7 @@ forbids = {
     "dropout": "there is no ΔW from whose input something could be dropped",
     "lora_bias": "there is no B: name the biases in adapter.train_also",
     "rank_pattern": "it has no rank",
+    "train.parallel": "W trains, and only what is frozen is shared out",
 }
 
 

@@ -39,6 +39,7 @@ def forbids(moments: Moments, **_: object) -> dict[str, str]:
     found = {
         "combine.dora": "its lengths are those of W0 + ΔW, and W0 would change under them",
         "base.quantized": "every restart would quantise W anew, and lose what was learned",
+        "train.parallel": "each process would keep a whole W of every layer, in float32",
         "lora_bias": "the bias of B would be lost at every restart",
         "rank.adalora": "a rank controller decides over a whole run, not over the piece between two restarts",
         "delta.vera": "all layers share one A and B, which cannot start anew",
