@@ -5,6 +5,7 @@ A new part is a new file; these tests find it by themselves.
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ from lora_cli.presets import PRESETS, Method, resolve
 from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
 
 IN, OUT, R = 12, 20, 4
+LAYER = "blocks.0.layer"
+SMALL: dict[str, dict[str, Any]] = {}
+"""Settings of deltas whose own are for larger layers."""
 KINDS = ("linear", "conv1d", "embedding")
 DTYPES = (torch.float32, torch.bfloat16)
 DELTAS = [name for name in parts.names("delta") if name != "whole"]
@@ -61,13 +65,31 @@ def as_vectors(base: Base, x: torch.Tensor) -> torch.Tensor:
 
 def delta_of(name: str, base: Base) -> Delta:
     """A delta with every tensor random."""
-    delta = parts.load("delta", name).make(
-        Place(base, R, 0.7, shared=Shared(IN, OUT)), **parts.settings("delta", Part(name))
-    )
+    delta = new_delta(name, base)
     with torch.no_grad():
         for parameter in delta.parameters():
             parameter.copy_(torch.randn_like(parameter))
     return delta
+
+
+def new_delta(name: str, base: Base) -> Delta:
+    """A delta of an adapter that has this layer only."""
+    settings = settings_of(name)
+    place = Place(base, R, 0.7, shared=Shared(shared_shapes(name)), name=LAYER)
+    return parts.load("delta", name).make(place, **settings)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Those of a delta that fit a small layer."""
+    return parts.settings("delta", Part(name, SMALL.get(name, {})))
+
+
+def shared_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """The tensors that a delta shares with those of other layers."""
+    part = parts.load("delta", name)
+    if not hasattr(part, "shared_shapes"):
+        return {}
+    return part.shared_shapes(LAYER, IN, OUT, R, **settings_of(name))
 
 
 def tolerance(dtype: torch.dtype, size: float = 5.0) -> dict[str, float]:
@@ -146,11 +168,11 @@ def test_factors_of_a_delta_multiply_to_its_weight(delta, kind):
 def test_declared_shapes_are_the_tensors_of_the_delta(delta):
     made = delta_of(delta, base_of("linear", torch.float32))
     part = parts.load("delta", delta)
-    shared = part.shared_shapes(IN, OUT, R) if hasattr(part, "shared_shapes") else {}
+    shared = {key.rpartition(".")[2]: shape for key, shape in shared_shapes(delta).items()}
     found = {key: tuple(p.shape) for key, p in made.named_parameters()}
-    assert part.shapes(IN, OUT, R) | shared == found
+    assert part.shapes(IN, OUT, R, **settings_of(delta)) | shared == found
     frozen = {key for key, p in made.named_parameters() if not p.requires_grad}
-    assert frozen == set(shared) | getattr(part, "FROZEN", frozenset())
+    assert frozen == getattr(part, "FROZEN", frozenset())
 
 
 @on_layers("combine", parts.names("combine"))
@@ -189,9 +211,7 @@ def started(init: str, kind: str = "linear", delta: str = "lowrank", seed: int =
     """A delta of the method's first step; what the init asks to be measured is random."""
     torch.manual_seed(0)
     base = base_of(kind, torch.float32)
-    made = parts.load("delta", delta).make(
-        Place(base, R, 0.7, shared=Shared(IN, OUT)), **parts.settings("delta", Part(delta))
-    )
+    begun = new_delta(delta, base)
     part = parts.load("init", init)
     rows = torch.randn(50, IN) * torch.linspace(1, 3, IN)
     statistic = {"inputs": rows.t() @ rows / 50, "gradients": torch.randn(OUT, IN), None: None}[
@@ -199,8 +219,8 @@ def started(init: str, kind: str = "linear", delta: str = "lowrank", seed: int =
     ]
     with torch.no_grad():
         start = Start(base, generator_of(seed, "layer"), statistic)
-        part.init(made, start, **parts.settings("init", Part(init)))
-    return made
+        part.init(begun, start, **parts.settings("init", Part(init)))
+    return begun
 
 
 def test_every_init_and_every_delta_stands_in_some_start():

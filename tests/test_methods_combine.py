@@ -441,7 +441,7 @@ def check_laws(combination: Combination, folder: Path, goes_on: bool = True) -> 
     adapter = run.adapter
     held.hold("base", distance(output(run.model), plain) < 1e-5)
 
-    planned = sum(spec.num_trainable for spec in adapter.plan.layers)
+    planned = adapter.plan.num_trainable
     planned += sum(base.get_parameter(name).numel() for name in adapter.plan.also)
     held.hold("planned", planned == sum(p.numel() for p in adapter.trainable().values()))
 

@@ -25,6 +25,7 @@ from lora_cli.parts import Part
 from lora_cli.recipe.schema import AdapterRecipe
 from tests import tiny
 from tests.adapters import ids, put_on
+from tests.test_core_conformance import LAYER, settings_of, shared_shapes
 from tests.training import distance, kept_in_the_shape_of_w
 
 IN, OUT, R = 12, 20, 4
@@ -52,8 +53,8 @@ def layer_of(kind: str = "linear", delta: str = "lowrank", p: float = 0.0) -> Do
     """A layer whose tensors are all random, the lengths too."""
     base = view_of(module_of(kind))[1]
     dropout = parts.load("dropout", "standard").make(p=p)
-    place = Place(base, R, 0.7, dropout, shared=Shared(IN, OUT))
-    made = DoRA(base, parts.load("delta", delta).make(place, **parts.settings("delta", Part(delta))))
+    place = Place(base, R, 0.7, dropout, shared=Shared(shared_shapes(delta)), name=LAYER)
+    made = DoRA(base, parts.load("delta", delta).make(place, **settings_of(delta)))
     with torch.no_grad():
         for parameter in made.own_tensors().values():
             parameter.copy_(torch.randn_like(parameter) * 0.3)

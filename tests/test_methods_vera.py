@@ -102,7 +102,9 @@ def test_the_pair_follows_from_the_seed_and_is_uniform_with_gain_root_two():
 def test_drawing_the_pair_leaves_the_random_numbers_of_everybody_else_alone():
     base = plan.view_of(nn.Linear(12, 20))[1]
     state = torch.get_rng_state()
-    parts.load("delta", "vera").make(Place(base, R, 1.0, shared=Shared(12, 20, seed=1)), d=0.1)
+    parts.load("delta", "vera").make(
+        Place(base, R, 1.0, shared=Shared({"A": (R, 12), "B": (20, R)}, seed=1)), d=0.1
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -4,7 +4,7 @@ Shapes: A is [r, in], B is [out, r]; x is [..., in] (or ids [...]), y is [..., o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,21 +12,24 @@ from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.fused import product
+from lora_cli.adapter.seed import generator_of
+
+Shape = tuple[int, ...]
 
 
 @dataclass
 class Shared:
-    """What the layers of one adapter have in common."""
+    """What several layers of one adapter have in common: each such tensor is one parameter, trained or frozen."""
 
-    widest_in: int = 0
-    widest_out: int = 0
+    shapes: Mapping[str, Shape] = field(default_factory=dict[str, Shape])
+    """Name -> shape, as large as the largest of its layers asks for; the others use its first rows and columns."""
     seed: int = 0
-    tensors: dict[str, nn.Parameter] = field(default_factory=dict)
+    tensors: dict[str, nn.Parameter] = field(default_factory=dict[str, nn.Parameter])
 
-    def tensor(self, name: str, make: Callable[[], Tensor]) -> nn.Parameter:
-        """The tensor of that name, the same for every layer; frozen; `make` is called by the first."""
+    def tensor(self, name: str, draw: Callable[[Shape, torch.Generator], Tensor]) -> nn.Parameter:
+        """The tensor of that name; `draw` fills it for the first layer that asks, from a generator of its own."""
         if name not in self.tensors:
-            self.tensors[name] = nn.Parameter(make(), requires_grad=False)
+            self.tensors[name] = nn.Parameter(draw(self.shapes[name], generator_of(self.seed, name)))
         return self.tensors[name]
 
 
@@ -40,6 +43,8 @@ class Place:
     dropout: nn.Module | None = None
     bias: bool = False
     shared: Shared = field(default_factory=Shared)
+    name: str = ""
+    """Of the layer in the model."""
 
 
 class Delta(nn.Module, ABC):
@@ -79,8 +84,21 @@ class Delta(nn.Module, ABC):
         """What is added to the bias [out], scale included; None when nothing is."""
         return None
 
-    def start(self) -> None:
-        """Be zero, as `init: own` asks, at first and after every restart; nothing to do where another init fills it."""
+    def start(self, generator: torch.Generator) -> None:
+        """Be zero, as `init: own` asks, at first and after every restart; nothing to do where another init fills it.
+
+        What is drawn comes from `generator`, which is the layer's own. Tensors that it shares are left alone.
+        """
+
+    def packed(self) -> dict[str, Tensor] | None:
+        """What is saved in place of the layer's own tensors, where less says the same; None where nothing does.
+
+        The file of such a delta has `packed_shapes` beside `shapes`.
+        """
+        return None
+
+    def unpack(self, tensors: dict[str, Tensor]) -> None:
+        """Be what `packed` gave, or computes the same."""
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(B', A') in float32 with B'·A' = ΔW exactly, or None when it is not of low rank."""

@@ -21,7 +21,7 @@ from lora_cli.adapter import peft_format
 from lora_cli.adapter.inject import Adapter, without_adapters
 from lora_cli.adapter.peft_format import PREFIX, ROWS, rows_name
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan
-from lora_cli.adapter.portable import Portable, saved_form
+from lora_cli.adapter.portable import FILLED, LOWRANK, Portable, saved_form
 from lora_cli.adapter.saved import CONFIG, OURS, WEIGHTS, Ours, Saved, read
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.presets import Method
@@ -102,10 +102,8 @@ def plan_of(saved: Saved, model: nn.Module, ends: Ends) -> Plan:
 def fill(adapter: Adapter, saved: Saved) -> None:
     """Copy the saved tensors into an adapter that was injected by their plan."""
     with torch.no_grad():
-        for key, parameter in peft_format.parameters(adapter).items():
-            # An untied end without rows of its own keeps those it starts with, which are the base's.
-            if key in saved.tensors or not key.endswith(ROWS):
-                parameter.copy_(saved.tensors[key])
+        # An untied end without rows of its own keeps those it starts with, which are the base's.
+        peft_format.take(adapter, saved.tensors)
 
 
 def fingerprint(model: nn.Module, plan: Plan) -> str:
@@ -156,6 +154,8 @@ def _method_of(saved: Saved) -> Method:
         lifecycle = saved.ours.parts.get("lifecycle", ())
         # How it was trained is over: what is loaded is used as it is.
         used = {axis: part for axis, part in single.items() if axis not in ("init", "rank", "optimizer")}
+        if "delta" in used and used["delta"].name != LOWRANK:
+            used["init"] = FILLED
         return Method(name=saved.ours.method, lifecycle=lifecycle, **used)
     except (ValidationError, TypeError) as error:
         what, fix = f"lora {__version__} does not know its parts", f"lora {saved.ours.lora_version} wrote it"

@@ -38,7 +38,7 @@ class Adapter:
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameter name -> the base's own."""
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
-    """Tensors that all layers have in common."""
+    """Tensors that several layers have in common."""
     absorbed: dict[str, list[tuple[Tensor, Tensor]] | None] = field(default_factory=dict)
     """Layer whose W moves -> the factors (B, A) of what was added to it; None once they would be larger than W."""
 
@@ -129,11 +129,7 @@ def inject(
         statistics: layer -> what the init asked to be measured of it.
     """
     model.requires_grad_(False)
-    shared = Shared(
-        max((spec.in_features for spec in plan.layers), default=0),
-        max((spec.out_features for spec in plan.layers), default=0),
-        seed,
-    )
+    shared = Shared(plan.shared, seed)
     found = statistics or {}
     layers = {spec.name: _wrap(model, spec, plan, seed, shared, found.get(spec.name)) for spec in plan.layers}
     adapter = Adapter(model, plan, layers, _new_rows(model, plan), shared=shared.tensors)
@@ -223,7 +219,7 @@ def _wrap(
     """Make the layer that stands in for a plain one; the plain one stays where it is."""
     method, base = plan.method, _base(model, spec.name)
     dropout = None if base.reads_ids else _make("dropout", method.dropout)
-    place = Place(base, spec.r, spec.scale, dropout, plan.lora_bias, shared)
+    place = Place(base, spec.r, spec.scale, dropout, plan.lora_bias, shared, spec.name)
     delta = _make("delta", method.delta, place)
     start = Start(base, generator_of(seed, spec.name), statistic)
     with torch.no_grad():

@@ -12,12 +12,11 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
-from lora_cli import parts
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.inject import Adapter
-from lora_cli.adapter.plan import LayerSpec, Plan, first_match, view_of
+from lora_cli.adapter.plan import LayerSpec, Plan, first_match, saved_shapes, view_of
 
 PREFIX = "base_model.model."
 LINEAR = {
@@ -110,6 +109,28 @@ def parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
     return found | beside(adapter)
 
 
+def on_disk(adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's name -> what is saved, as trained: the adapter's tensors, or what they are packed into."""
+    found: dict[str, Tensor] = {key: p.detach() for key, p in parameters(adapter).items()}
+    for name, layer in adapter.layers.items():
+        if (packed := layer.delta.packed()) is not None:
+            own = {delta_name(name, layer.base, key) for key, _ in layer.delta.named_parameters()}
+            found = {key: tensor for key, tensor in found.items() if key not in own}
+            found |= {delta_name(name, layer.base, key): tensor for key, tensor in packed.items()}
+    return found
+
+
+def take(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Copy into an adapter what `on_disk` gave, or as much of it as there is."""
+    for name, layer in adapter.layers.items():
+        names = {key: delta_name(name, layer.base, key) for key in layer.delta.packed() or ()}
+        if names:
+            layer.delta.unpack({key: tensors[stored] for key, stored in names.items()})
+    for key, parameter in parameters(adapter).items():
+        if key in tensors:
+            parameter.copy_(tensors[key])
+
+
 def beside(adapter: Adapter, without: Container[str] = ()) -> dict[str, nn.Parameter]:
     """PEFT's name -> what is trained beside ΔW, but `without`: rows of new tokens, and parameters in full."""
     rows = {rows_name(end): adapter.rows[end].values for end in row_ends(adapter.plan)}
@@ -120,17 +141,11 @@ def beside(adapter: Adapter, without: Container[str] = ()) -> dict[str, nn.Param
 def shapes(plan: Plan, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """PEFT's name -> the shape it has to have on this model, which is plain."""
     found: dict[str, tuple[int, ...]] = {}
-    delta = parts.load("delta", plan.method.delta.name)
-    combine = parts.load("combine", plan.method.combine.name)
     for spec in plan.layers:
-        base = base_of(model, spec.name)
-        each = delta.shapes(spec.in_features, spec.out_features, spec.r) | combine.shapes(spec.out_features)
+        base, each = base_of(model, spec.name), saved_shapes(spec, plan.method)
         each |= {"bias": (spec.out_features,)} if plan.lora_bias else {}
         found |= {delta_name(spec.name, base, key): shape for key, shape in each.items()}
-    if plan.layers and hasattr(delta, "shared_shapes"):
-        widest = max(spec.in_features for spec in plan.layers), max(spec.out_features for spec in plan.layers)
-        common = delta.shared_shapes(*widest, max(spec.r for spec in plan.layers))
-        found |= {f"{SHARED}{key}": shape for key, shape in common.items()}
+    found |= {f"{SHARED}{key}": shape for key, shape in plan.shared.items()}
     known = plain_parameters(model)
     for end in row_ends(plan):
         found[rows_name(end)] = (len(plan.new_rows), known[f"{end}.weight"].shape[1])

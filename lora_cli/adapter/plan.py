@@ -3,8 +3,9 @@
 Every pattern has to match something: a name that is silently ignored is a run that trains less than was asked.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from torch import nn
 from lora_cli import parts, presets
 from lora_cli.adapter import rules
 from lora_cli.adapter.base import Base
+from lora_cli.adapter.delta import Shape
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
 from lora_cli.presets import Method
@@ -62,6 +64,32 @@ class Plan:
     new_rows: tuple[int, ...] = ()
     """Token ids whose rows of the embedding (and of the head) are trained."""
     ends: Ends = Ends("", "", False)
+
+    @property
+    def shared(self) -> dict[str, Shape]:
+        """Tensors that several layers have in common, each as large as the largest of its layers asks for."""
+        delta = parts.load("delta", self.method.delta.name)
+        if not hasattr(delta, "shared_shapes"):
+            return {}
+        settings = parts.settings("delta", self.method.delta)
+        found: dict[str, Shape] = {}
+        for spec in self.layers:
+            sizes = spec.in_features, spec.out_features, spec.r
+            asked: dict[str, Shape] = delta.shared_shapes(spec.name, *sizes, **settings)
+            for key, shape in asked.items():
+                found[key] = tuple(map(max, shape, found.get(key, shape)))
+        return found
+
+    @property
+    def shared_trained(self) -> dict[str, Shape]:
+        """Those of them that train."""
+        return {key: shape for key, shape in self.shared.items() if _trains(key, self.method)}
+
+    @property
+    def num_trainable(self) -> int:
+        """Numbers that train, of all layers; what they share is counted once."""
+        own = sum(spec.num_trainable for spec in self.layers)
+        return own + sum(map(math.prod, self.shared_trained.values()))
 
 
 def view_of(module: nn.Module) -> tuple[str, Base] | None:
@@ -211,9 +239,9 @@ def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Met
     if adapter.lora_bias and base.bias is None:
         fix = "leave it out: without a bias in the layer it could never be merged"
         raise UserError(f"{name} has no bias", where="adapter.lora_bias", fix=fix)
-    delta = parts.load("delta", method.delta.name)
-    if problem := getattr(delta, "problem", no_problem)(base.in_features, base.out_features, r):
-        raise UserError(f"{name} ({base.out_features}×{base.in_features}): {problem}", where="adapter.r")
+    problem = getattr(parts.load("delta", method.delta.name), "problem", no_problem)
+    if found := problem(base.in_features, base.out_features, r, **parts.settings("delta", method.delta)):
+        raise UserError(f"{name} ({base.out_features}×{base.in_features}): {found}", where="adapter.r")
     scaling = parts.settings("scale", method.scale)
     scale = parts.load("scale", method.scale.name).scale(alpha, r, **scaling)
     spec = LayerSpec(name, kind, base.in_features, base.out_features, r, alpha, scale, 0)
@@ -221,12 +249,31 @@ def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Met
 
 
 def _num_trainable(spec: LayerSpec, method: Method, lora_bias: bool) -> int:
-    delta, combine = parts.load("delta", method.delta.name), parts.load("combine", method.combine.name)
-    shapes = delta.shapes(spec.in_features, spec.out_features, spec.r) | combine.shapes(spec.out_features)
-    trains = parts.load("trainable", method.trainable.name).trains
-    frozen = getattr(delta, "FROZEN", frozenset())
-    count = sum(_product(shape) for key, shape in shapes.items() if trains(key) and key not in frozen)
+    count = sum(math.prod(shape) for key, shape in own_shapes(spec, method).items() if _trains(key, method))
     return count + (spec.out_features if lora_bias else 0)
+
+
+def own_shapes(spec: LayerSpec, method: Method) -> dict[str, Shape]:
+    """The tensors of one layer, of ΔW and of how it is combined with W0, without those that it shares."""
+    return _shapes(spec, method, parts.load("delta", method.delta.name).shapes)
+
+
+def saved_shapes(spec: LayerSpec, method: Method) -> dict[str, Shape]:
+    """The same as they are saved."""
+    delta = parts.load("delta", method.delta.name)
+    return _shapes(spec, method, getattr(delta, "packed_shapes", delta.shapes))
+
+
+def _shapes(spec: LayerSpec, method: Method, of_delta: Callable[..., dict[str, Shape]]) -> dict[str, Shape]:
+    own = of_delta(spec.in_features, spec.out_features, spec.r, **parts.settings("delta", method.delta))
+    return own | parts.load("combine", method.combine.name).shapes(spec.out_features)
+
+
+def _trains(key: str, method: Method) -> bool:
+    """Whether a tensor trains; what is shared by some layers only has their group before its name."""
+    key = key.rpartition(".")[2]
+    frozen = getattr(parts.load("delta", method.delta.name), "FROZEN", frozenset())
+    return key not in frozen and parts.load("trainable", method.trainable.name).trains(key)
 
 
 def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:
@@ -237,16 +284,9 @@ def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:
     return replace(plan, layers=tuple(replace(spec, num_trainable=count) for spec, count in counted))
 
 
-def no_problem(in_features: int, out_features: int, r: int) -> str | None:
+def no_problem(in_features: int, out_features: int, r: int, **settings: object) -> str | None:
     """A delta that fits every shape says so by saying nothing."""
     return None
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _also(wanted: tuple[str, ...], model: nn.Module, ends: Ends) -> tuple[str, ...]:

@@ -16,6 +16,10 @@ from lora_cli.adapter.plan import WHOLE, LayerSpec, Plan
 from lora_cli.parts import Part
 from lora_cli.presets import Method
 
+LOWRANK = "lowrank"
+FILLED = Part(name="own")
+"""The start of what is not LowRank and comes from a file: its tensors are copied in afterwards."""
+
 
 @dataclass(frozen=True)
 class Portable:
@@ -28,8 +32,9 @@ class Portable:
 
 def as_trained(adapter: Adapter) -> Portable:
     """The tensors as they are, for a method whose own are far smaller than its factors, or has none."""
-    named = peft_format.parameters(adapter)
-    return Portable(adapter.plan, {key: _own(parameter) for key, parameter in named.items()})
+    named = peft_format.on_disk(adapter)
+    plan = replace(adapter.plan, method=replace(adapter.plan.method, init=FILLED))
+    return Portable(plan, {key: _own(tensor) for key, tensor in named.items()})
 
 
 def as_lora(adapter: Adapter) -> Portable | None:
@@ -111,7 +116,7 @@ def _without_zeros(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_lora(plan: Plan, specs: tuple[LayerSpec, ...], combine: str) -> Plan:
-    if specs == plan.layers and plan.method.delta.name == "lowrank" and plan.method.combine.name == combine:
+    if specs == plan.layers and plan.method.delta.name == LOWRANK and plan.method.combine.name == combine:
         return plan
     kept = plan.method
     scale = kept.scale if kept.scale.name == "rslora" and specs == plan.layers else Part(name="alpha_over_r")

@@ -5,7 +5,11 @@ import hashlib
 import torch
 
 
+def number_of(seed: int, name: str) -> int:
+    """56 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
 def generator_of(seed: int, name: str) -> torch.Generator:
     """Always of the CPU, so that every device starts from the same numbers."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(number_of(seed, name))

@@ -1,6 +1,7 @@
 """`lora check`: everything that can be known before training. Nothing is trained, no weights are loaded."""
 
 import dataclasses
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -72,7 +73,7 @@ def trained_parameters(plan: Plan, language: LanguageModel) -> int:
     in_full = {id(known[name]) if plan.ends.tied else name: known[name].numel() for name in plan.also}
     embeddings = models.end_modules(language.model)[0]
     rows = len(plan.new_rows) * embeddings.embedding_dim * (1 if plan.ends.tied else 2)
-    return sum(spec.num_trainable for spec in plan.layers) + sum(in_full.values()) + rows
+    return plan.num_trainable + sum(in_full.values()) + rows
 
 
 def show_plan(plan: Plan, language: LanguageModel, screen: Screen) -> None:
@@ -88,6 +89,11 @@ def show_plan(plan: Plan, language: LanguageModel, screen: Screen) -> None:
             ["module", "layers", "out × in", "r", "scale", "trained"],
             [(n, count, f"{o}×{i}", r, s, count * trainable[n]) for (n, o, i, r, s), count in groups.items()],
         )
+    if plan.shared_trained:
+        shared = [
+            (name, "×".join(map(str, shape)), math.prod(shape)) for name, shape in plan.shared_trained.items()
+        ]
+        screen.table(["shared by several layers", "shape", "trained"], shared)
     in_full = Counter(".".join(name.split(".")[-2:]) for name in plan.also)
     if in_full:
         screen.table(["trained in full", "tensors"], list(in_full.items()))

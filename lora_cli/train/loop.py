@@ -317,8 +317,9 @@ def _check_connected(run: Training, steps: int) -> None:
 
 def _of_dead_layers(run: Training, dead: list[str]) -> list[str]:
     """What a short run proves: the factor beside a zero one has its first gradient in step 2, the other in step 1."""
+    shared = {id(p) for p in run.adapter.shared.values()}
     layers = (
-        [f"{name}.{key}" for key, p in layer.own_tensors().items() if p.requires_grad]
+        [f"{name}.{key}" for key, p in layer.own_tensors().items() if p.requires_grad and id(p) not in shared]
         for name, layer in run.adapter.layers.items()
     )
     return [name for names in layers if set(names) <= set(dead) for name in names]

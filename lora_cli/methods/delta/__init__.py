@@ -1,1 +1,4 @@
-"""What ΔW is. A file exports `make(place)`, which returns a `Delta`, and `shapes(in_features, out_features, r)`."""
+"""What ΔW is. A file exports `make(place, **settings)`, which returns a `Delta`, and the tensors of a layer:
+`shapes(in_features, out_features, r, **settings)`; where layers have tensors in common also
+`shared_shapes(layer, in_features, out_features, r, **settings)`.
+"""

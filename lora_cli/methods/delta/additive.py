@@ -26,7 +26,7 @@ class Additive(Factored):
         self.A = nn.Parameter(torch.zeros(place.r, place.base.in_features))
         self.B = nn.Parameter(torch.zeros(place.base.out_features, place.r))
 
-    def start(self) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """Zero."""
         nn.init.zeros_(self.A)
         nn.init.zeros_(self.B)

@@ -21,7 +21,7 @@ class Miss(Factored):
         self.B = nn.Parameter(torch.zeros(place.base.out_features, place.r))
         self.blocks = place.base.in_features // place.r
 
-    def start(self) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """Zero."""
         nn.init.zeros_(self.B)
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lora_cli.adapter.delta import LowRank, Place
+from lora_cli.adapter.delta import LowRank, Place, Shape
 from lora_cli.recipe.schema import Section
 
 needs = {"scale.constant": "b plays the part of a scale", "init.own": "its A and B are common to all layers"}
@@ -32,11 +32,9 @@ class Vera(LowRank):
     def __init__(self, place: Place, d: float) -> None:
         """B starts at 0, so that the model starts as the base."""
         super().__init__(place)
-        shared, generator = place.shared, torch.Generator().manual_seed(place.shared.seed)
-        shapes = shared_shapes(shared.widest_in, shared.widest_out, place.r)
         self.out_features, self.in_features = self.B.shape[0], self.A.shape[1]
-        self.A = shared.tensor("A", lambda: _drawn(shapes["A"], generator))
-        self.B = shared.tensor("B", lambda: _drawn(shapes["B"], generator.manual_seed(place.shared.seed + 1)))
+        self.A = place.shared.tensor("A", _drawn).requires_grad_(False)
+        self.B = place.shared.tensor("B", _drawn).requires_grad_(False)
         self.b = nn.Parameter(torch.zeros(self.out_features))
         self.d = nn.Parameter(torch.full((place.r,), d))
 
@@ -52,17 +50,20 @@ class Vera(LowRank):
 make = Vera
 
 
-def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _drawn(shape: Shape, generator: torch.Generator) -> Tensor:
     """Kaiming-uniform with gain √2, as the paper's code."""
     bound = math.sqrt(6 / shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def shapes(in_features: int, out_features: int, r: int) -> dict[str, tuple[int, ...]]:
+def shapes(in_features: int, out_features: int, r: int, d: float) -> dict[str, Shape]:
     """The tensors of a layer."""
     return {"b": (out_features,), "d": (r,)}
 
 
-def shared_shapes(widest_in: int, widest_out: int, r: int) -> dict[str, tuple[int, ...]]:
-    """The tensors that all layers have in common."""
-    return {"A": (r, widest_in), "B": (widest_out, r)}
+def shared_shapes(layer: str, in_features: int, out_features: int, r: int, d: float) -> dict[str, Shape]:
+    """What a layer needs of the tensors that all have in common."""
+    return {"A": (r, in_features), "B": (out_features, r)}
+
+
+FROZEN = frozenset({"A", "B"})

@@ -11,4 +11,4 @@ forbids = {"delta.lowrank": "A and B would both be zero, from where no step lead
 
 def init(delta: Delta, start: Start) -> None:
     """The delta knows."""
-    delta.start()
+    delta.start(start.generator)
