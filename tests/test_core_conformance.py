@@ -21,13 +21,13 @@ from lora_cli.adapter.seed import generator_of
 from lora_cli.adapter.start import Start
 from lora_cli.errors import UserError
 from lora_cli.parts import Part
-from lora_cli.presets import PRESETS, Method, resolve
+from lora_cli.presets import PRESETS, Method, resolve, with_defaults
 from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
 
 IN, OUT, R = 12, 20, 4
 KINDS = ("linear", "conv1d", "embedding")
 DTYPES = (torch.float32, torch.bfloat16)
-DELTAS = [name for name in parts.names("delta") if name != "whole"]
+DELTAS = [name for name in parts.names("delta") if name not in ("whole", "none")]
 LAYERS = list(itertools.product(KINDS, DTYPES))
 
 
@@ -64,6 +64,7 @@ def delta_of(name: str, base: Base) -> Delta:
     delta = parts.load("delta", name).make(
         Place(base, R, 0.7, shared=Shared(IN, OUT)), **parts.settings("delta", Part(name))
     )
+    delta.start()
     with torch.no_grad():
         for parameter in delta.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -128,7 +129,9 @@ def test_delta_adds_its_weight_times_x(delta, kind, dtype):
     base = base_of(kind, dtype)
     made, x = delta_of(delta, base), input_of(base, dtype)
     y = torch.randn(3, 5, OUT).to(dtype)
+    shift = made.shift()
     expected = y.double() + as_vectors(base, x) @ made.weight().double().t()
+    expected += 0 if shift is None else shift.double()
     allowed = tolerance(dtype, expected.abs().max().item())
     torch.testing.assert_close(made.add_to(y.clone(), x).double(), expected, **allowed)
 
@@ -148,7 +151,7 @@ def test_declared_shapes_are_the_tensors_of_the_delta(delta):
     part = parts.load("delta", delta)
     shared = part.shared_shapes(IN, OUT, R) if hasattr(part, "shared_shapes") else {}
     found = {key: tuple(p.shape) for key, p in made.named_parameters()}
-    assert part.shapes(IN, OUT, R) | shared == found
+    assert part.shapes(IN, OUT, R, **parts.settings("delta", Part(delta))) | shared == found
     frozen = {key for key, p in made.named_parameters() if not p.requires_grad}
     assert frozen == set(shared) | getattr(part, "FROZEN", frozenset())
 
@@ -337,7 +340,7 @@ def test_part_has_a_one_line_summary_that_starts_with_its_name(axis, name):
 def test_preset_names_parts_that_exist_and_go_together(name):
     method = resolve(AdapterRecipe(method=name))
     assert all(part.name in parts.names(axis) for axis, found in method.chosen().items() for part in found)
-    rules.check(method, rules.facts_of(method))
+    rules.check(method, rules.facts_of(method, with_defaults(AdapterRecipe(method=name))))
 
 
 def test_an_axis_named_in_the_recipe_wins_over_the_preset():

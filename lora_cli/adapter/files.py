@@ -139,8 +139,9 @@ def _method_of(saved: Saved) -> Method:
                 settings_of(axis, part.name).model_validate(part.settings)
         single = {axis: found[0] for axis, found in saved.ours.parts.items() if axis != "lifecycle"}
         lifecycle = saved.ours.parts.get("lifecycle", ())
-        # How it was trained is over: what is loaded is used as it is.
-        used = {axis: part for axis, part in single.items() if axis not in ("init", "rank", "optimizer")}
+        # How it was trained is over: what is loaded is used as it is, but for what a delta takes from W0 at its start.
+        past = {"rank", "optimizer"} | ({"init"} if single.get("init") != Part(name="own") else set())
+        used = {axis: part for axis, part in single.items() if axis not in past}
         return Method(name=saved.ours.method, lifecycle=lifecycle, **used)
     except (ValidationError, TypeError) as error:
         what, fix = f"lora {__version__} does not know its parts", f"lora {saved.ours.lora_version} wrote it"

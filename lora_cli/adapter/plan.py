@@ -22,6 +22,8 @@ ALPHA = 32.0
 """Where the recipe names none: twice the default r."""
 WHOLE = "whole"
 """The delta that is no delta: W itself trains."""
+NONE = "none"
+"""The delta of methods that train parameters of the model only."""
 EVERYTHING = "everything"
 """In train_also: every parameter of the model."""
 
@@ -103,7 +105,7 @@ def make(
         _check_unchosen(adapter)
     also = tuple(dict.fromkeys([*whole, *_also(adapter.train_also, model, ends)]))
     _check_norms(also, model)
-    names = [] if whole else names
+    names = [] if method.delta.name in (WHOLE, NONE) else names
     _check_ends(names, also, tuple(new_rows), ends, untied)
     _check_patterns(adapter, names)
     layers = tuple(_layer(name, *adaptable[name], adapter, method) for name in names)
@@ -212,7 +214,10 @@ def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Met
         fix = "leave it out: without a bias in the layer it could never be merged"
         raise UserError(f"{name} has no bias", where="adapter.lora_bias", fix=fix)
     delta = parts.load("delta", method.delta.name)
-    if problem := getattr(delta, "problem", no_problem)(base.in_features, base.out_features, r):
+    problem = getattr(delta, "problem", no_problem)(
+        base.in_features, base.out_features, r, **parts.settings("delta", method.delta)
+    )
+    if problem:
         raise UserError(f"{name} ({base.out_features}×{base.in_features}): {problem}", where="adapter.r")
     scaling = parts.settings("scale", method.scale)
     scale = parts.load("scale", method.scale.name).scale(alpha, r, **scaling)
@@ -221,12 +226,18 @@ def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Met
 
 
 def _num_trainable(spec: LayerSpec, method: Method, lora_bias: bool) -> int:
-    delta, combine = parts.load("delta", method.delta.name), parts.load("combine", method.combine.name)
-    shapes = delta.shapes(spec.in_features, spec.out_features, spec.r) | combine.shapes(spec.out_features)
     trains = parts.load("trainable", method.trainable.name).trains
-    frozen = getattr(delta, "FROZEN", frozenset())
+    frozen = getattr(parts.load("delta", method.delta.name), "FROZEN", frozenset())
+    shapes = shapes_of(spec, method)
     count = sum(_product(shape) for key, shape in shapes.items() if trains(key) and key not in frozen)
     return count + (spec.out_features if lora_bias else 0)
+
+
+def shapes_of(spec: LayerSpec, method: Method) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer by name, without those that all layers have in common."""
+    delta, combine = parts.load("delta", method.delta.name), parts.load("combine", method.combine.name)
+    sizes = spec.in_features, spec.out_features, spec.r
+    return delta.shapes(*sizes, **parts.settings("delta", method.delta)) | combine.shapes(spec.out_features)
 
 
 def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:
@@ -237,7 +248,7 @@ def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:
     return replace(plan, layers=tuple(replace(spec, num_trainable=count) for spec, count in counted))
 
 
-def no_problem(in_features: int, out_features: int, r: int) -> str | None:
+def no_problem(in_features: int, out_features: int, r: int, **settings: object) -> str | None:
     """A delta that fits every shape says so by saying nothing."""
     return None
 
