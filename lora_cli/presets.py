@@ -225,6 +225,96 @@ PRESETS: dict[str, Preset] = {
         when="As LoRA with larger steps after a while; no dropout.",
         parts={"lifecycle": (Part(name="delta_lora"),)},
     ),
+    "fourierft": Preset(
+        title="FourierFT: ΔW is the inverse Fourier transform of a few trained entries",
+        paper="arXiv:2405.03003",
+        when="When adapters have to be tiny: r numbers a layer, whatever its size. Wants about a hundred times LoRA's "
+        "learning rate.",
+        parts={
+            "delta": Part(name="fourierft"),
+            "init": Part(name="own"),
+            "scale": Part(name="constant", settings={"value": 150.0}),
+        },
+        keys={"r": 1000},
+    ),
+    "svdiff": Preset(
+        title="SVDiff: the singular values of W0 are shifted, its singular vectors stay",
+        paper="arXiv:2303.11305",
+        when="When a change should stay within what W0 already does: min(in, out) numbers a layer. The singular "
+        "vectors take twice the memory of W0.",
+        parts={"delta": Part(name="svdiff"), "init": Part(name="own"), "scale": Part(name="constant")},
+    ),
+    "sam_parser": Preset(
+        title="SAM-PARSER: the singular values of W0 train, its singular vectors stay",
+        paper="arXiv:2308.14604",
+        when="As svdiff, where singular values may also change their sign.",
+        parts={"delta": Part(name="sam_parser"), "init": Part(name="own"), "scale": Part(name="constant")},
+    ),
+    "spectral": Preset(
+        title="Spectral Adapter, additive: the leading singular vectors of W0 are changed",
+        paper="arXiv:2405.13952",
+        when="As pissa, with a start that is exactly the base. As many numbers as LoRA.",
+        parts={"delta": Part(name="spectral"), "init": Part(name="own"), "scale": Part(name="constant")},
+    ),
+    "spectral_rotate": Preset(
+        title="Spectral Adapter, rotating: the leading singular vectors of W0 are turned among themselves",
+        paper="arXiv:2405.13952",
+        when="When adapters have to be tiny: r·(r − 1) numbers a layer. Wants ten times LoRA's learning rate.",
+        parts={
+            "delta": Part(name="spectral_rotate"),
+            "init": Part(name="own"),
+            "scale": Part(name="constant"),
+        },
+    ),
+    "hra": Preset(
+        title="HRA: the inputs of W0 are turned by a chain of r reflections",
+        paper="arXiv:2405.17484",
+        when="When the layer should keep what its rows are to one another: an orthogonal change of rank r, half as "
+        "many numbers as LoRA.",
+        parts={"delta": Part(name="hra"), "init": Part(name="pairs"), "scale": Part(name="constant")},
+        keys={"r": 8},
+    ),
+    "oft": Preset(
+        title="OFT: the inputs of W0 are turned, block by block",
+        paper="arXiv:2306.07280",
+        when="When the layer should keep what its rows are to one another. r is the size of a block, and has to divide "
+        "the inputs of every layer; a step costs more than LoRA's.",
+        parts={"delta": Part(name="oft"), "init": Part(name="own"), "scale": Part(name="constant")},
+        keys={"r": 32},
+    ),
+    "boft": Preset(
+        title="BOFT: the inputs of W0 are turned by a product of block-diagonal matrices",
+        paper="arXiv:2311.06243",
+        when="As oft with smaller blocks, which `delta: {oft: {factors: 3}}` joins by threes; r·2^(factors − 1) has "
+        "to divide the inputs of every layer.",
+        parts={
+            "delta": Part(name="oft", settings={"factors": 2}),
+            "init": Part(name="own"),
+            "scale": Part(name="constant"),
+        },
+        keys={"r": 8},
+    ),
+    "ia3": Preset(
+        title="(IA)³: every output of W0 gets a factor",
+        paper="arXiv:2205.05638",
+        when="With very few rows. The paper adapts `target_modules: [k_proj, v_proj, up_proj]` only; wants ten times "
+        "LoRA's learning rate.",
+        parts={"delta": Part(name="ia3"), "init": Part(name="own"), "scale": Part(name="constant")},
+    ),
+    "bitfit": Preset(
+        title="BitFit: the biases train, and nothing else",
+        paper="arXiv:2106.10199",
+        when="With models whose layers have biases, such as GPT-2; those of Llama's kind have none.",
+        parts={"delta": Part(name="none"), "init": Part(name="own"), "scale": Part(name="constant")},
+        keys={"train_also": ("biases",)},
+    ),
+    "ln_tuning": Preset(
+        title="LN-tuning: the norms train, and nothing else",
+        paper="arXiv:2211.08682",
+        when="When adapters have to be tiny, and to see how little is enough.",
+        parts={"delta": Part(name="none"), "init": Part(name="own"), "scale": Part(name="constant")},
+        keys={"train_also": ("norms",)},
+    ),
     "full": Preset(
         title="Full fine-tuning: every parameter trains",
         paper="—",

@@ -39,8 +39,12 @@ NAMES = {
     "magnitude": "lora_magnitude_vector",
     "b": "vera_lambda_b",
     "d": "vera_lambda_d",
+    "c": "fourierft_spectrum",
+    "l": "ia3_l",
+    "U": "hra_u",
+    "Q": "oft_R",
 }
-"""Our tensors by PEFT's names; MiSS has a B that PEFT calls otherwise."""
+"""Our tensors by PEFT's names; MiSS has a B that PEFT calls otherwise, and BOFT keeps whole matrices."""
 Config = Callable[..., Any]
 
 
@@ -74,6 +78,48 @@ def vera(kind: str) -> Any:
 def miss(kind: str) -> Any:
     """It has no alpha."""
     return peft.MissConfig(r=R, target_modules=TARGETS[kind])
+
+
+def fourierft(kind: str) -> Any:
+    """PEFT's entries are at the same places."""
+    return peft.FourierFTConfig(
+        n_frequency=R * 8, init_weights=True, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2"
+    )
+
+
+def ia3(kind: str) -> Any:
+    """Factors on outputs only."""
+    return peft.IA3Config(target_modules=TARGETS[kind], feedforward_modules=[], fan_in_fan_out=kind == "gpt2")
+
+
+def hra(kind: str) -> Any:
+    """Without orthogonalisation."""
+    return peft.HRAConfig(r=R, target_modules=TARGETS[kind])
+
+
+def oft(kind: str) -> Any:
+    """The exact Cayley transform."""
+    return peft.OFTConfig(
+        r=0,
+        oft_block_size=R,
+        use_cayley_neumann=False,
+        target_modules=TARGETS[kind],
+        fan_in_fan_out=kind == "gpt2",
+    )
+
+
+def boft(kind: str) -> Any:
+    """On a CPU it has one factor."""
+    return peft.BOFTConfig(
+        boft_block_size=R, boft_block_num=0, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2"
+    )
+
+
+def without_lengths(model: Any) -> Optimizer:
+    """The rotations alone."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("boft_R" in name)
+    return plain_adamw(model)
 
 
 def plain_adamw(model: nn.Module) -> Optimizer:
@@ -111,6 +157,8 @@ class Case:
     ours: dict[str, Any] = field(default_factory=lambda: {"alpha": float(ALPHA)})
     cannot: tuple[str, ...] = ()
     """The models that PEFT fails on."""
+    faster: float = 1.0
+    """Times the usual rate, on both sides."""
     eps: float | None = None
     """Of Adam, on both sides; default: each its own."""
 
@@ -153,13 +201,33 @@ CASES = (
     ),
     Case("vera", vera, "draws A and B from a seed of its own (they were copied)", ours={}),
     Case("miss", miss, "refuses Conv1D", ours={}, cannot=("gpt2",)),
+    Case("fourierft", fourierft, ours={"r": R * 8}),
+    Case("ia3", ia3, ours={}, faster=10.0),
+    Case("hra", hra, "refuses Conv1D", ours={}, cannot=("gpt2",)),
+    Case(
+        "oft",
+        oft,
+        "by default sums the first terms of a series, of which the result is not quite orthogonal; takes another block "
+        "size where the one asked for does not divide; refuses Conv1D",
+        ours={},
+        cannot=("gpt2",),
+    ),
+    Case(
+        "oft",
+        boft,
+        "(PEFT's BOFT, which has one factor where it cannot compile its kernel, and trains lengths too; "
+        "these were held; refuses Conv1D)",
+        without_lengths,
+        ours={},
+        cannot=("gpt2",),
+    ),
 )
 
 
 def pair(case: Case, kind: str) -> tuple[nn.Module, Adapter, Any]:
     """Our model, its adapter, and PEFT's model, all at the start, with our tensors."""
     model = tiny.model(kind)
-    recipe = AdapterRecipe(method=case.method, r=R, **case.ours)
+    recipe = AdapterRecipe(**{"method": case.method, "r": R, **case.ours})
     adapter = inject.inject(model, plan.make(recipe, model, models.ends_of(model)))
     theirs = by_peft(case, kind)
     with torch.no_grad():
@@ -192,9 +260,15 @@ def place(module: Any, key: str, tensor: Tensor) -> None:
     if hasattr(module, "miss_block"):
         module.miss_block["default"].copy_(tensor.t())
         return
+    if hasattr(module, "boft_R"):
+        matrices = module.boft_R["default"]
+        rows, columns = torch.triu_indices(R, R, 1)
+        matrices.zero_()
+        matrices[..., rows, columns], matrices[..., columns, rows] = tensor, -tensor
+        return
     found = getattr(module, NAMES[key])["default"]
     target: Any = found.weight if isinstance(found, nn.Module) else found
-    target.copy_(tensor.view_as(target))
+    target.copy_(tensor.t() if key == "U" else tensor.view_as(target))
 
 
 def largest(found: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
@@ -244,6 +318,7 @@ def trained(case: Case, kind: str) -> float:
     optimizer, other = optim.make(adapter, TRAIN), case.optimizer(theirs)
     optim.set_learning_rate(optimizer, RATE)
     for group in (*optimizer.param_groups, *other.param_groups):
+        group["lr"] *= case.faster
         group["eps"] = case.eps or group["eps"]
     found = losses(model, optimizer)
     assert found[0] - found[-1] > 0.01, "something is learned"

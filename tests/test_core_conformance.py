@@ -22,7 +22,7 @@ from lora_cli.adapter.seed import generator_of
 from lora_cli.adapter.start import Start
 from lora_cli.errors import UserError
 from lora_cli.parts import Part
-from lora_cli.presets import PRESETS, Method, resolve
+from lora_cli.presets import PRESETS, Method, resolve, with_defaults
 from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
 
 IN, OUT, R = 12, 20, 4
@@ -31,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {}
 """Settings of deltas whose own are for larger layers."""
 KINDS = ("linear", "conv1d", "embedding")
 DTYPES = (torch.float32, torch.bfloat16)
-DELTAS = [name for name in parts.names("delta") if name != "whole"]
+DELTAS = [name for name in parts.names("delta") if name not in ("whole", "none")]
 LAYERS = list(itertools.product(KINDS, DTYPES))
 
 
@@ -76,7 +76,10 @@ def new_delta(name: str, base: Base) -> Delta:
     """A delta of an adapter that has this layer only."""
     settings = settings_of(name)
     place = Place(base, R, 0.7, shared=Shared(shared_shapes(name)), name=LAYER)
-    return parts.load("delta", name).make(place, **settings)
+    delta = parts.load("delta", name).make(place, **settings)
+    with torch.no_grad():
+        delta.start(torch.Generator().manual_seed(0))
+    return delta
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -150,7 +153,9 @@ def test_delta_adds_its_weight_times_x(delta, kind, dtype):
     base = base_of(kind, dtype)
     made, x = delta_of(delta, base), input_of(base, dtype)
     y = torch.randn(3, 5, OUT).to(dtype)
+    shift = made.shift()
     expected = y.double() + as_vectors(base, x) @ made.weight().double().t()
+    expected += 0 if shift is None else shift.double()
     allowed = tolerance(dtype, expected.abs().max().item())
     torch.testing.assert_close(made.add_to(y.clone(), x).double(), expected, **allowed)
 
@@ -357,7 +362,7 @@ def test_part_has_a_one_line_summary_that_starts_with_its_name(axis, name):
 def test_preset_names_parts_that_exist_and_go_together(name):
     method = resolve(AdapterRecipe(method=name))
     assert all(part.name in parts.names(axis) for axis, found in method.chosen().items() for part in found)
-    rules.check(method, rules.facts_of(method))
+    rules.check(method, rules.facts_of(method, with_defaults(AdapterRecipe(method=name))))
 
 
 def test_an_axis_named_in_the_recipe_wins_over_the_preset():

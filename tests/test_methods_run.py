@@ -13,6 +13,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run.evaluate import evaluate
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
+from tests import tiny
 from tests.test_train_run import stopped_after
 
 RESTARTS: dict[str, dict[str, Any]] = {
@@ -31,18 +32,41 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "eva": {"init": {"eva": {"rho": 2.0, "rows": 8}}},
     "corda": {"init": {"corda": {"rows": 8}}},
     "lora_ga": {"init": {"lora_ga": {"rows": 8}}, "r": 2},
+    "fourierft": {"r": 64},
 }
 RATE = {"random_projection": 0.3, "vera": 0.1, "full": 3e-3, "xgblora": 3e-2, "relora": 5e-3}
+RATE |= {
+    "spectral_rotate": 0.1,
+    "ia3": 0.1,
+    "svdiff": 0.1,
+    "sam_parser": 0.1,
+    "ln_tuning": 0.1,
+    "fourierft": 0.1,
+}
+BIASES = ("bitfit",)
+"""Methods that need a model with biases."""
+
+
+@pytest.fixture(scope="session")
+def folder_with_biases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama whose linear layers have biases."""
+    folder = tmp_path_factory.mktemp("biases") / "model"
+    tiny.model("llama", bos_token_id=1, attention_bias=True, mlp_bias=True).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
-def recipe(tiny_folder: Path, rows_file: Path, tmp_path: Path):
+def recipe(tiny_folder: Path, folder_with_biases: Path, rows_file: Path, tmp_path: Path):
     """Make a recipe for a method on the tiny model."""
 
     def make(method: str, output: str, **adapter: Any) -> Recipe:
         return Recipe.model_validate(
             {
-                "model": {"name": str(tiny_folder), "dtype": "float32"},
+                "model": {
+                    "name": str(folder_with_biases if method in BIASES else tiny_folder),
+                    "dtype": "float32",
+                },
                 "data": {
                     "train": str(rows_file),
                     "eval_fraction": 0.2,

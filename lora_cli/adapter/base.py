@@ -37,6 +37,13 @@ class Base(ABC):
         """A tensor laid out like the module's weight (its gradient, say) as [out, in], or the other way round."""
         return stored
 
+    def times(self, x: Tensor) -> Tensor:
+        """W0·x without the bias, [..., out]."""
+        W = self.dense
+        if W is None:
+            W = self.weight()
+        return self.project(x, W.to(x.dtype) if x.is_floating_point() else W)
+
     def weight(self) -> Tensor:
         """W0 in float32, [out, in]."""
         return self.oriented(self.module.weight.detach().float())

@@ -24,6 +24,8 @@ ALPHA = 32.0
 """Where the recipe names none: twice the default r."""
 WHOLE = "whole"
 """The delta that is no delta: W itself trains."""
+NONE = "none"
+"""The delta of methods that train parameters of the model only."""
 EVERYTHING = "everything"
 """In train_also: every parameter of the model."""
 
@@ -131,7 +133,7 @@ def make(
         _check_unchosen(adapter)
     also = tuple(dict.fromkeys([*whole, *_also(adapter.train_also, model, ends)]))
     _check_norms(also, model)
-    names = [] if whole else names
+    names = [] if method.delta.name in (WHOLE, NONE) else names
     _check_ends(names, also, tuple(new_rows), ends, untied)
     _check_patterns(adapter, names)
     layers = tuple(_layer(name, *adaptable[name], adapter, method) for name in names)

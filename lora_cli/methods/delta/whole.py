@@ -7,9 +7,6 @@ from typing import NoReturn
 
 from lora_cli.adapter.delta import Place
 
-needs = {"init.own": "it starts as W0"}
-
-
 needs = {
     "init.own": "it starts as W0",
     "scale.constant": "there is no ΔW to be scaled",
