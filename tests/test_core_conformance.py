@@ -102,7 +102,7 @@ def tolerance(dtype: torch.dtype, size: float = 5.0) -> dict[str, float]:
 
 def fits(axis: str, name: str, kind: str) -> bool:
     """Whether the part's file takes this kind of base."""
-    return f"base.{kind}" not in getattr(parts.load(axis, name), "forbids", {})
+    return f"base.{kind}" not in rules.stated("forbids", axis, Part(name))
 
 
 def on_layers(axis: str, names: Iterable[str]) -> pytest.MarkDecorator:
@@ -195,11 +195,10 @@ def test_merged_layer_equals_the_live_one_bias_included(combine, kind, dtype):
 
 def goes_with(axis: str, name: str, other: str, chosen: str) -> bool:
     """Whether a part's file lets the part `chosen` of another axis stand beside it."""
-    module = parts.load(axis, name)
-    needs = [need.split(" or ") for need in getattr(module, "needs", {})]
+    needs = [need.split(" or ") for need in rules.stated("needs", axis, Part(name))]
     asked = [options for options in needs if any(option.startswith(f"{other}.") for option in options)]
     fact = f"{other}.{chosen}"
-    return all(fact in options for options in asked) and fact not in getattr(module, "forbids", {})
+    return all(fact in options for options in asked) and fact not in rules.stated("forbids", axis, Part(name))
 
 
 STARTS = [

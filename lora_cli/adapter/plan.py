@@ -136,7 +136,7 @@ def make(
     names = [] if method.delta.name in (WHOLE, NONE) else names
     _check_ends(names, also, tuple(new_rows), ends, untied)
     _check_patterns(adapter, names)
-    layers = tuple(_layer(name, *adaptable[name], adapter, method) for name in names)
+    layers = tuple(_layer(name, *adaptable[name], _depth(name, names), adapter, method) for name in names)
     return Plan(method, layers, adapter.lora_bias, also, tuple(new_rows), ends)
 
 
@@ -232,11 +232,20 @@ def _check_patterns(adapter: AdapterRecipe, names: list[str]) -> None:
             _require(matched, pattern, names, f"adapter.{key}")
 
 
-def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Method) -> LayerSpec:
+def _depth(name: str, names: list[str]) -> float:
+    """Where a layer is between the first adapted block (0) and the last (1); outside of blocks, in the middle."""
+    blocks = sorted({number for number in map(_block, names) if number is not None})
+    block = _block(name)
+    return blocks.index(block) / (len(blocks) - 1) if block is not None and len(blocks) > 1 else 0.5
+
+
+def _layer(
+    name: str, kind: str, base: Base, depth: float, adapter: AdapterRecipe, method: Method
+) -> LayerSpec:
     r = int(first_match(adapter.rank_pattern, name) or adapter.r)
     controller = parts.load("rank", method.rank.name)
     if hasattr(controller, "initial_r"):
-        r = controller.initial_r(r, **parts.settings("rank", method.rank))
+        r = controller.initial_r(r, depth=depth, **parts.settings("rank", method.rank))
     alpha = float(first_match(adapter.alpha_pattern, name) or adapter.alpha or ALPHA)
     if adapter.lora_bias and base.bias is None:
         fix = "leave it out: without a bias in the layer it could never be merged"

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lora_cli.adapter.base import Base
 
+SHIFTS = ("pissa", "milora", "olora", "corda", "lora_ga", "symmetric")
+"""Inits whose first B·A stands for a part of W0 that is taken off it."""
+
 
 @dataclass(frozen=True)
 class Start:

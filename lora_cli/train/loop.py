@@ -105,7 +105,9 @@ class Training:
             lifecycle.setup(self)
         with self.computing():
             self.loss = Loss.of(self.model)
-        self.connected = torch.zeros(len(self.adapter.trainable()), dtype=torch.bool)
+        self.watched = self.adapter.trainable()
+        """At the start; some of them may be frozen on the way."""
+        self.connected = torch.zeros(len(self.watched), dtype=torch.bool)
         self.order, self.order_epoch = np.empty(0, dtype=np.int64), -1
         self.skipped = 0
         """Steps skipped because a gradient overflowed in float16; the scaler lowers its factor and goes on."""
@@ -156,6 +158,9 @@ class Training:
 
     def measure(self, kind: str) -> dict[str, Tensor]:
         """What an init asks for, on the rows of the next step."""
+        torch.manual_seed(
+            _seed(self.train.seed, self.step)
+        )  # in all processes alike, should anything be dropped
         return measure(
             kind,
             self.model,
@@ -290,7 +295,7 @@ def _watch(run: Training, rate: float) -> None:
     """Remember which tensors have had a gradient, or were held back; complain when some never had one."""
     if run.step >= WATCHED_STEPS or rate == 0:
         return
-    gradients = [p.grad for p in run.trained.values()]
+    gradients = [p.grad for p in run.watched.values()]
     norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None])
     held_back = torch.tensor([g is None for g in gradients])
     run.connected[~held_back] |= (norms != 0).cpu()
@@ -307,7 +312,7 @@ def _check_connected(run: Training, steps: int) -> None:
             "train longer, or set train.precision: bfloat16 or float32",
         )
         raise UserError(what, where="train.precision", fix=fix, code=ExitCode.LEARNED_NOTHING)
-    seen = dict(zip(run.adapter.trainable(), run.connected.tolist(), strict=True))
+    seen = dict(zip(run.watched, run.connected.tolist(), strict=True))
     dead = [name for name, ok in seen.items() if not ok]
     if steps < WATCHED_STEPS and any(seen.values()):
         dead = _of_dead_layers(run, dead)

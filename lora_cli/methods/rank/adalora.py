@@ -4,7 +4,6 @@ Importance is sensitivity |w·∂w| times its uncertainty, both averaged over st
 `adapter.r` is the rank that is left on average. For `delta: gated`.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lora_cli.adapter import budget
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.lifecycle import Lifecycle, Run
 from lora_cli.recipe.schema import Section
@@ -48,7 +48,7 @@ class Settings(Section):
 
 def initial_r(r: int, initial: float, **_: float) -> int:
     """Components at the start of a layer that is to keep `r`."""
-    return max(math.ceil(initial * r), r)
+    return budget.more(r, initial)
 
 
 class AdaLoRA(Lifecycle):
@@ -89,9 +89,9 @@ class AdaLoRA(Lifecycle):
             for name, delta in _gated(run):
                 for key in ("A", "B", "E"):
                     self._average(f"{name}.{key}", delta.get_parameter(key))
-        budget = self.budget(run)
-        if budget is not None:
-            self._close(run, budget)
+        count = self.budget(run)
+        if count is not None:
+            self._close(run, count)
 
     def _average(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is None:
@@ -105,24 +105,19 @@ class AdaLoRA(Lifecycle):
     def budget(self, run: Run) -> int | None:
         """Components that may be open after this step, over all layers; None where nothing is decided."""
         first = sum(delta.A.shape[0] for _, delta in _gated(run))
-        last = sum(max(math.floor(delta.A.shape[0] / self.initial), 1) for _, delta in _gated(run))
+        last = sum(budget.kept(delta.A.shape[0], self.initial) for _, delta in _gated(run))
         begin, end = self._span(run)
-        if run.step >= end:
-            return last
-        if run.step <= begin or (run.step - begin) % self.every:
+        if run.step < end and (run.step <= begin or (run.step - begin) % self.every):
             return None
-        left = 1 - (run.step - begin) / (end - begin)
-        return round(last + (first - last) * left**3)
+        return round(last + (first - last) * budget.left(run.step, begin, end))
 
     def _span(self, run: Run) -> tuple[int, int]:
         """The step after which decisions begin, and that of the last one."""
         return round(self.warmup * run.total_steps), round((1 - self.final) * run.total_steps)
 
-    def _close(self, run: Run, budget: int) -> None:
-        """Zero the gates of all but the `budget` most important components; ties are broken by their order."""
-        scores = torch.cat([self._scores(name) for name, _ in _gated(run)])
-        is_open = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        is_open[torch.argsort(scores, descending=True, stable=True)[:budget]] = True
+    def _close(self, run: Run, count: int) -> None:
+        """Zero the gates of all but the `count` most important components; ties are broken by their order."""
+        is_open = budget.largest(torch.cat([self._scores(name) for name, _ in _gated(run)]), count)
         sizes = [delta.A.shape[0] for _, delta in _gated(run)]
         for (_, delta), kept in zip(_gated(run), is_open.split(sizes), strict=True):
             delta.get_parameter("E").mul_(kept)
