@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lora_cli import __version__, io_ops, parts
-from lora_cli.adapter import peft_format
+from lora_cli.adapter import peft_format, rules
 from lora_cli.adapter.inject import Adapter, without_adapters
 from lora_cli.adapter.peft_format import PREFIX, ROWS, rows_name
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan
@@ -28,7 +28,7 @@ from lora_cli.presets import Method
 from lora_cli.recipe.load import settings_of
 from lora_cli.recipe.schema import Part
 
-__all__ = ["CONFIG", "Saved", "fill", "fingerprint", "plan_of", "read", "save", "write"]
+__all__ = ["CONFIG", "Saved", "fill", "fingerprint", "method_of", "plan_of", "read", "save", "write"]
 
 SAMPLED_WEIGHTS = 4096
 """Of each layer, for the base's fingerprint."""
@@ -86,7 +86,7 @@ def plan_of(saved: Saved, model: nn.Module, ends: Ends) -> Plan:
     ends = replace(ends, tied=ends.tied and _stay_tied(saved, ends))
     layers = tuple(_spec(name, saved, model) for name in _layers(saved, model))
     bias = any(key.endswith(peft_format.LINEAR["bias"]) for key in tensors)
-    plan = Plan(_method_of(saved), layers, bias, (), _row_ids(saved, ends, known), ends)
+    plan = Plan(method_of(saved), layers, bias, (), _row_ids(saved, ends, known), ends)
     factors = peft_format.shapes(plan, model)
     others = {peft_format.parameter_of(key) for key in tensors.keys() - factors.keys()}
     plan = replace(plan, also=tuple(name for name in known if name in others))
@@ -126,8 +126,12 @@ def fingerprint(model: nn.Module, plan: Plan) -> str:
 # ---- a plan from tensors and config -------------------------------------------------------------------------------
 
 
-def _method_of(saved: Saved) -> Method:
-    """Our parts, with their settings checked; for an adapter of PEFT what its config says."""
+def method_of(saved: Saved) -> Method:
+    """Our parts, with their settings checked; for an adapter of PEFT what its config says.
+
+    Raises:
+        UserError: they are not known here.
+    """
     if not saved.ours.parts:
         scale = Part(name="rslora" if saved.config.use_rslora else "alpha_over_r")
         dropout = Part(name="standard", settings={"p": saved.config.lora_dropout})
@@ -141,10 +145,18 @@ def _method_of(saved: Saved) -> Method:
         lifecycle = saved.ours.parts.get("lifecycle", ())
         # How it was trained is over: what is loaded is used as it is.
         used = {axis: part for axis, part in single.items() if axis not in ("init", "rank", "optimizer")}
+        used |= _start_of(used.get("delta"))
         return Method(name=saved.ours.method, lifecycle=lifecycle, **used)
     except (ValidationError, TypeError) as error:
         what, fix = f"lora {__version__} does not know its parts", f"lora {saved.ours.lora_version} wrote it"
         raise UserError(what, where=str(saved.folder / OURS), fix=fix, code=ExitCode.MODEL) from error
+
+
+def _start_of(delta: Part | None) -> dict[str, Part]:
+    """The start that a delta cannot do without, for tensors that are overwritten then; LoRA's fits the others."""
+    needed = rules.stated("needs", "delta", delta) if delta else {}
+    starts = [each.removeprefix("init.") for each in needed if each.startswith("init.")]
+    return {"init": Part(name=starts[0])} if starts else {}
 
 
 def _layers(saved: Saved, model: nn.Module) -> list[str]:

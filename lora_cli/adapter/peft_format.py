@@ -17,7 +17,7 @@ from torch import nn
 from lora_cli import parts
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.inject import Adapter
-from lora_cli.adapter.plan import LayerSpec, Plan, first_match, view_of
+from lora_cli.adapter.plan import LayerSpec, Plan, first_match, shapes_of, view_of
 
 PREFIX = "base_model.model."
 LINEAR = {
@@ -121,11 +121,9 @@ def shapes(plan: Plan, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """PEFT's name -> the shape it has to have on this model, which is plain."""
     found: dict[str, tuple[int, ...]] = {}
     delta = parts.load("delta", plan.method.delta.name)
-    combine = parts.load("combine", plan.method.combine.name)
     for spec in plan.layers:
         base = base_of(model, spec.name)
-        each = delta.shapes(spec.in_features, spec.out_features, spec.r) | combine.shapes(spec.out_features)
-        each |= {"bias": (spec.out_features,)} if plan.lora_bias else {}
+        each = shapes_of(spec, plan.method) | ({"bias": (spec.out_features,)} if plan.lora_bias else {})
         found |= {delta_name(spec.name, base, key): shape for key, shape in each.items()}
     if plan.layers and hasattr(delta, "shared_shapes"):
         widest = max(spec.in_features for spec in plan.layers), max(spec.out_features for spec in plan.layers)

@@ -221,12 +221,19 @@ def _layer(name: str, kind: str, base: Base, adapter: AdapterRecipe, method: Met
 
 
 def _num_trainable(spec: LayerSpec, method: Method, lora_bias: bool) -> int:
-    delta, combine = parts.load("delta", method.delta.name), parts.load("combine", method.combine.name)
-    shapes = delta.shapes(spec.in_features, spec.out_features, spec.r) | combine.shapes(spec.out_features)
+    delta, shapes = parts.load("delta", method.delta.name), shapes_of(spec, method)
     trains = parts.load("trainable", method.trainable.name).trains
     frozen = getattr(delta, "FROZEN", frozenset())
     count = sum(_product(shape) for key, shape in shapes.items() if trains(key) and key not in frozen)
     return count + (spec.out_features if lora_bias else 0)
+
+
+def shapes_of(spec: LayerSpec, method: Method) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer, but for what all layers have in common."""
+    delta, combine = parts.load("delta", method.delta.name), parts.load("combine", method.combine.name)
+    settings = parts.settings("delta", method.delta)
+    own = delta.shapes(spec.in_features, spec.out_features, spec.r, **settings)
+    return own | combine.shapes(spec.out_features)
 
 
 def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:

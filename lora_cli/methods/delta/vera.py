@@ -58,7 +58,7 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def shapes(in_features: int, out_features: int, r: int) -> dict[str, tuple[int, ...]]:
+def shapes(in_features: int, out_features: int, r: int, d: float) -> dict[str, tuple[int, ...]]:
     """The tensors of a layer."""
     return {"b": (out_features,), "d": (r,)}
 
