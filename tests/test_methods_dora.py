@@ -29,7 +29,9 @@ from tests.training import distance, kept_in_the_shape_of_w
 
 IN, OUT, R = 12, 20, 4
 KINDS = ("linear", "linear without bias", "conv1d")
-DELTAS = [name for name in parts.names("delta") if name != "whole"]
+DELTAS = [
+    name for name in parts.names("delta") if name != "whole" and parts.load("delta", name).make.mergeable
+]
 SHIFTS = ("pissa", "milora", "olora", "symmetric", "corda", "lora_ga")
 """Starts that subtract what they add."""
 
