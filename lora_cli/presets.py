@@ -315,6 +315,30 @@ PRESETS: dict[str, Preset] = {
         parts={"delta": Part(name="none"), "init": Part(name="own"), "scale": Part(name="constant")},
         keys={"train_also": ("norms",)},
     ),
+    "hydra_lora": Preset(
+        title="HydraLoRA: one A, several B, mixed for every token by a router",
+        paper="arXiv:2404.19245",
+        when="For data of several kinds in one adapter. Cannot be merged, because what it adds depends on the input; "
+        "`delta: {hydra: {count: 3}}` sets the number of heads.",
+        parts={"delta": Part(name="hydra"), "init": Part(name="routed")},
+        keys={"r": 8},
+    ),
+    "molora": Preset(
+        title="MoLoRA: several whole LoRAs on one layer, mixed for every token by a router",
+        paper="arXiv:2309.05444",
+        when="As hydra_lora, where the kinds of data have little in common: every expert has an A of its own. "
+        "Cannot be merged.",
+        parts={"delta": Part(name="experts", settings={"count": 10}), "init": Part(name="routed")},
+        keys={"r": 4},
+    ),
+    "mov": Preset(
+        title="MoV: several vectors that stretch the outputs, mixed for every token by a router",
+        paper="arXiv:2309.05444",
+        when="As molora with far fewer numbers: `r` is how many vectors there are. The paper puts it on keys, values "
+        "and the middle of the MLP. Cannot be merged.",
+        parts={"delta": Part(name="mov"), "init": Part(name="routed"), "scale": Part(name="constant")},
+        keys={"r": 10},
+    ),
     "full": Preset(
         title="Full fine-tuning: every parameter trains",
         paper="—",

@@ -31,7 +31,9 @@ SMALL: dict[str, dict[str, Any]] = {}
 """Settings of deltas whose own are for larger layers."""
 KINDS = ("linear", "conv1d", "embedding")
 DTYPES = (torch.float32, torch.bfloat16)
-DELTAS = [name for name in parts.names("delta") if name not in ("whole", "none")]
+ALL = [name for name in parts.names("delta") if name not in ("whole", "none")]
+DELTAS = [name for name in ALL if getattr(parts.load("delta", name).make, "mergeable", True)]
+ROUTED = [name for name in ALL if name not in DELTAS]
 LAYERS = list(itertools.product(KINDS, DTYPES))
 
 
@@ -169,7 +171,38 @@ def test_factors_of_a_delta_multiply_to_its_weight(delta, kind):
         torch.testing.assert_close(factors[0] @ factors[1], made.weight())
 
 
-@pytest.mark.parametrize("delta", DELTAS)
+@on_layers("delta", ROUTED)
+def test_delta_adds_what_its_experts_do_by_the_weights_of_its_gates(delta, kind, dtype):
+    base = base_of(kind, dtype)
+    made, x = delta_of(delta, base), input_of(base, dtype)
+    count = len(made.router)
+    scores = x.double() @ made.router.detach().to(dtype).double().t()
+    gates = made.gates(x).double()
+    torch.testing.assert_close(gates.sum(-1), torch.ones(3, 5, dtype=torch.float64))
+    if made.top is None:
+        allowed = 1e-5 if dtype is torch.float32 else 0.1
+        torch.testing.assert_close(gates, scores.softmax(-1), rtol=0, atol=allowed)
+    y = torch.randn(3, 5, OUT).to(dtype)
+    each = torch.stack([x.double() @ made.expert(n).double().t() for n in range(count)], -2)
+    expected = y.double() + (gates[..., None] * each).sum(-2)
+    allowed = tolerance(dtype, expected.abs().max().item())
+    torch.testing.assert_close(made.add_to(y.clone(), x).double(), expected, **allowed)
+    beside = made.beside(base, x, x).double() - base.module(x).double()
+    torch.testing.assert_close(beside, expected - y.double(), **allowed)
+
+
+@on_layers("delta", ROUTED)
+def test_a_one_hot_gate_is_that_expert(delta, kind, dtype):
+    base = base_of(kind, dtype)
+    made, x = delta_of(delta, base), input_of(base, dtype)
+    number = int(torch.randint(len(made.router), ()))
+    gates = nn.functional.one_hot(torch.tensor(number), len(made.router)).float().expand(3, 5, -1)
+    expected = x.double() @ made.expert(number).double().t()
+    found = made.mix(torch.zeros(3, 5, OUT, dtype=dtype), x, gates).double()
+    torch.testing.assert_close(found, expected, **tolerance(dtype, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("delta", ALL)
 def test_declared_shapes_are_the_tensors_of_the_delta(delta):
     made = delta_of(delta, base_of("linear", torch.float32))
     part = parts.load("delta", delta)
@@ -197,13 +230,14 @@ def goes_with(axis: str, name: str, other: str, chosen: str) -> bool:
     """Whether a part's file lets the part `chosen` of another axis stand beside it."""
     needs = [need.split(" or ") for need in rules.stated("needs", axis, Part(name))]
     asked = [options for options in needs if any(option.startswith(f"{other}.") for option in options)]
-    fact = f"{other}.{chosen}"
-    return all(fact in options for options in asked) and fact not in rules.stated("forbids", axis, Part(name))
+    facts = {f"{other}.{chosen}"} | ({rules.MERGEABLE} if chosen in DELTAS else set())
+    forbidden = rules.stated("forbids", axis, Part(name))
+    return all(facts & set(options) for options in asked) and not facts & set(forbidden)
 
 
 STARTS = [
     (init, delta, kind)
-    for init, delta, kind in itertools.product(parts.names("init"), DELTAS, KINDS)
+    for init, delta, kind in itertools.product(parts.names("init"), ALL, KINDS)
     if goes_with("init", init, "delta", delta)
     and goes_with("delta", delta, "init", init)
     and fits("init", init, kind)
@@ -229,13 +263,14 @@ def started(init: str, kind: str = "linear", delta: str = "lowrank", seed: int =
 
 def test_every_init_and_every_delta_stands_in_some_start():
     assert {init for init, _, _ in STARTS} == set(parts.names("init"))
-    assert {delta for _, delta, _ in STARTS} == set(DELTAS)
+    assert {delta for _, delta, _ in STARTS} == set(ALL)
 
 
 @pytest.mark.parametrize(("init", "delta", "kind"), STARTS)
 def test_init_starts_at_the_base_and_every_factor_moves_within_two_steps(init, delta, kind):
     made = started(init, kind, delta)
-    assert made.weight().norm() <= 1e-6 * base_of(kind, torch.float32).weight().norm()
+    matrices = [made.weight()] if made.mergeable else [made.expert(n) for n in range(len(made.router))]
+    assert all(W.norm() <= 1e-6 * base_of(kind, torch.float32).weight().norm() for W in matrices)
     trained = [p for p in made.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     x = torch.arange(IN) if kind == "embedding" else torch.randn(8, IN)

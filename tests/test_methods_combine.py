@@ -43,6 +43,8 @@ EACH = 8
 STEPS, STOP = 5, 3
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "delta.experts": [{"count": 3}, {"count": 4, "top": 2}],
+    "delta.hydra": [{}, {"count": 2}],
     "dropout.standard": [{"p": 0.0}, {"p": 0.0}, {"p": 0.2}],
     "init.corda": [{"rows": 4}, {"rows": 4, "mode": "kpm"}],
     "init.eva": [{"rows": 4}, {"rows": 4, "rho": 2.0}],
@@ -254,6 +256,7 @@ def test_what_a_part_needs_and_forbids_exists(axis, name):
     known = {f"{other}.{each}" for other in parts.AXES for each in parts.names(other)}
     known |= {
         "base.quantized",
+        rules.MERGEABLE,
         *AdapterRecipe.model_fields,
         *(f"train.{key}" for key in TrainRecipe.model_fields),
     }
@@ -267,6 +270,13 @@ def test_what_a_part_needs_and_forbids_exists(axis, name):
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "2, delta_lora": ({"lifecycle": "delta_lora", "dropout": 0.1}, "W would move by more"),
     "2, optimizer_view": ({"combine": "optimizer_view", "dropout": 0.1}, "no input of A"),
+    "8, restart": ({"method": "molora", "lifecycle": "restart"}, "needs a mergeable delta"),
+    "8, dora": ({"method": "hydra_lora", "combine": "dora"}, "needs a mergeable delta"),
+    "8, delta_lora": ({"method": "hydra_lora", "lifecycle": "delta_lora"}, "needs delta.lowrank"),
+    "8, optimizer_view": ({"method": "mov", "combine": "optimizer_view"}, "needs delta.lowrank"),
+    "8, a lookup": ({"method": "molora", "target_modules": ("embed",)}, "cannot read token ids"),
+    "8, heads of zero": ({"method": "hydra_lora", "trainable": "only_a"}, "B would stay zero"),
+    "8, heads without a router": ({"method": "hydra_lora", "init": "kaiming"}, "a router has to be drawn"),
     "4": ({"method": "adalora", "init": "eva"}, "one of both has to decide"),
     "4, restart": ({"method": "adalora", "lifecycle": "restart"}, "decides over a whole run"),
     "6": (
@@ -410,7 +420,7 @@ LAWS = {
     "frozen": "nothing else moves, W0 neither; without the adapter it is the base to the bit",
     "saved": "what is saved computes on the original base what was trained",
     "resumed": "goes on from a checkpoint to the bit",
-    "merged": "merged computes the same as live",
+    "merged": "merged computes the same as live; merging what depends on the input is refused",
 }
 """What has to hold of every valid combination."""
 
@@ -476,6 +486,11 @@ def check_laws(combination: Combination, folder: Path, goes_on: bool = True) -> 
         bits = all(torch.equal(went_on[name], after[name]) for name in after)
         held.hold("resumed", bits, torch.equal(output(again.model), learned))
 
+    if not rules.is_mergeable(adapter.plan.method):
+        with pytest.raises(UserError, match="depends on the input"):
+            inject.merge(run.model, adapter)
+        held.hold("merged", torch.equal(output(run.model), learned))
+        return held
     inject.merge(run.model, adapter)
     assert not inject.adapted_layers(run.model)
     held.hold("merged", distance(output(run.model), learned) < 1e-4)

@@ -34,7 +34,7 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "lora_ga": {"init": {"lora_ga": {"rows": 8}}, "r": 2},
     "fourierft": {"r": 64},
 }
-RATE = {"random_projection": 0.3, "vera": 0.1, "full": 3e-3, "xgblora": 3e-2, "relora": 5e-3}
+RATE = {"random_projection": 0.3, "vera": 0.1, "full": 3e-3, "mov": 0.1, "xgblora": 3e-2, "relora": 5e-3}
 RATE |= {
     "spectral_rotate": 0.1,
     "ia3": 0.1,

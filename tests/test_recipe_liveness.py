@@ -87,6 +87,7 @@ BASE: dict[str, Any] = {
 LONGER = {"train.max_steps": 4}
 EVALS = {"train.max_steps": 3, "train.eval_steps": 1}
 ADALORA = {"adapter.method": "adalora", "train.max_steps": 10}
+EXPERTS = {"adapter.method": "molora", "adapter.delta": {"experts": {"count": 3}}}
 SHORT_PIECES = {"adapter.lifecycle": {"restart": {"every": 2}}, "train.max_steps": 6}
 BIASED = {"model.name": "${biased}", "adapter.target_modules": ["q_proj"]}
 CHAT = {"data.chat_template": "auto"}
@@ -182,6 +183,12 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "eval.samples": Case("screen", 2, {"eval.max_new_tokens": 4}),
     "output.dir": Case("folder", "${elsewhere}"),
     "adapter.delta.vera.d": Case("adapter", {"vera": {"d": 0.5}}, {"adapter.method": "vera"}),
+    "adapter.delta.hydra.count": Case("adapter", {"hydra": {"count": 2}}, {"adapter.method": "hydra_lora"}),
+    "adapter.delta.experts.count": Case("adapter", {"experts": {"count": 3}}, {"adapter.method": "molora"}),
+    "adapter.delta.experts.top": (
+        Case("adapter", {"experts": {"count": 3, "top": 1}}, EXPERTS),
+        Case("refused", {"experts": {"count": 3, "top": 4}}, EXPERTS, "no more experts"),
+    ),
     "adapter.init.corda.mode": Case("adapter", {"corda": {"mode": "kpm"}}, {"adapter.method": "corda"}),
     "adapter.init.corda.rows": Case("adapter", {"corda": {"rows": 8}}, {"adapter.method": "corda"}),
     "adapter.init.eva.rows": Case("adapter", {"eva": {"rows": 8}}, {"adapter.init": "eva"}),

@@ -28,7 +28,18 @@ from lora_cli.presets import Method
 from lora_cli.recipe.load import settings_of
 from lora_cli.recipe.schema import Part
 
-__all__ = ["CONFIG", "Saved", "fill", "fingerprint", "note_signs", "plan_of", "read", "save", "write"]
+__all__ = [
+    "CONFIG",
+    "Saved",
+    "fill",
+    "fingerprint",
+    "method_of",
+    "note_signs",
+    "plan_of",
+    "read",
+    "save",
+    "write",
+]
 
 SAMPLED_WEIGHTS = 4096
 """Of each layer, for the base's fingerprint."""
@@ -88,7 +99,7 @@ def plan_of(saved: Saved, model: nn.Module, ends: Ends) -> Plan:
     ends = replace(ends, tied=ends.tied and _stay_tied(saved, ends))
     layers = tuple(_spec(name, saved, model) for name in _layers(saved, model))
     bias = any(key.endswith(peft_format.LINEAR["bias"]) for key in tensors)
-    plan = Plan(_method_of(saved), layers, bias, (), _row_ids(saved, ends, known), ends)
+    plan = Plan(method_of(saved), layers, bias, (), _row_ids(saved, ends, known), ends)
     factors = peft_format.shapes(plan, model)
     others = {peft_format.parameter_of(key) for key in tensors.keys() - factors.keys()}
     plan = replace(plan, also=tuple(name for name in known if name in others))
@@ -139,8 +150,12 @@ def _signs(module: nn.Module) -> Tensor:
 # ---- a plan from tensors and config -------------------------------------------------------------------------------
 
 
-def _method_of(saved: Saved) -> Method:
-    """Our parts, with their settings checked; for an adapter of PEFT what its config says."""
+def method_of(saved: Saved) -> Method:
+    """Our parts, with their settings checked; for an adapter of PEFT what its config says.
+
+    Raises:
+        UserError: they are not known here.
+    """
     if not saved.ours.parts:
         scale = Part(name="rslora" if saved.config.use_rslora else "alpha_over_r")
         dropout = Part(name="standard", settings={"p": saved.config.lora_dropout})

@@ -161,8 +161,9 @@ def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) 
         of what was learned.
 
     Raises:
-        UserError: a merged weight is too large for its type.
+        UserError: no plain layer computes the same, or a merged weight is too large for its type.
     """
+    refuse_unmergeable(adapter)
     adapter.activate()
     lost: dict[str, float] = {}
     layers = {**adapter.layers, **adapter.ends}
@@ -183,6 +184,29 @@ def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) 
         _put(model, name, nn.Parameter(stored, requires_grad=False))
     _tie_again(model, adapter.plan.ends)
     return lost
+
+
+def refuse_unmergeable(adapter: Adapter) -> None:
+    """Refuse what no plain layer can stand for.
+
+    Raises:
+        UserError: naming the first such layer.
+    """
+    for name, delta in adapter.deltas.items():
+        if not delta.mergeable:
+            raise depends_on_input(adapter.plan.method.name, name)
+        if delta.shift() is not None and adapter.layers[name].base.bias is None:
+            what = "cannot be merged: it adds a bias, and the layer has none that could take it (lora_bias)"
+            raise UserError(what, where=name, code=ExitCode.MODEL)
+
+
+def depends_on_input(method: str, where: str) -> UserError:
+    """The reason why some adapters are neither merged nor exported."""
+    what = (
+        f"cannot be merged or exported: what {method} adds depends on the input, so no weight stands for it"
+    )
+    fix = "use the adapter folder itself: lora generate, lora chat and lora eval read it"
+    return UserError(what, where=where, fix=fix, code=ExitCode.MODEL)
 
 
 def _tie_again(model: nn.Module, ends: Ends) -> None:

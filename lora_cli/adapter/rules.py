@@ -2,7 +2,7 @@
 
 Both map a fact to a reason, or are functions of the part's settings that do. A fact is a chosen part, `init.zero_a`;
 `dropout`; a key of `adapter` that the recipe sets, `lora_bias`, or of `train` that it changes, `train.betas`; a kind
-of base, `base.embedding`; or how the base is kept, `base.quantized`.
+of base, `base.embedding`; how the base is kept, `base.quantized`; or that one weight stands for ΔW, MERGEABLE.
 """
 
 from collections import Counter
@@ -14,6 +14,9 @@ from lora_cli.errors import UserError
 from lora_cli.parts import Part
 from lora_cli.presets import Method
 from lora_cli.recipe.schema import AdapterRecipe
+
+MERGEABLE = "a mergeable delta"
+"""The fact that ΔW does not depend on the input."""
 
 
 def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterable[str] = ()) -> set[str]:
@@ -27,9 +30,16 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
     facts = {f"{axis}.{part.name}" for axis, chosen in method.chosen().items() for part in chosen}
     if method.dropout.settings.get("p"):
         facts.add("dropout")
+    if is_mergeable(method):
+        facts.add(MERGEABLE)
     if adapter is not None:
         facts |= {key for key in adapter.model_fields_set if getattr(adapter, key)} - set(parts.AXES)
     return facts | {f"base.{kind}" for kind in bases}
+
+
+def is_mergeable(method: Method) -> bool:
+    """Whether one weight stands for ΔW, whatever the input."""
+    return getattr(parts.load("delta", method.delta.name).make, "mergeable", True)
 
 
 def check(method: Method, facts: Collection[str]) -> None:

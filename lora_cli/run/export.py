@@ -12,7 +12,7 @@ from lora_cli.adapter.portable import Portable, as_lora
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import LanguageModel
 from lora_cli.run import probe
-from lora_cli.run.open import RECIPE, TEMPLATE, adapter_in, open_model, refuse_inside
+from lora_cli.run.open import RECIPE, TEMPLATE, adapter_in, open_model, refuse_inside, refuse_routed
 from lora_cli.screen import Screen
 
 TOLERANCE = 1e-5
@@ -36,6 +36,7 @@ def export(path: Path, format: str, output: Path, screen: Screen, base: str | No
         fix = parts.did_you_mean(format, ["peft"])
         raise UserError(f"unknown format '{format}'", where="--format", fix=fix)
     folder = adapter_in(path)
+    refuse_routed(folder)
     refuse_inside(output, folder)
     with io_ops.new_folder(output) as made:
         opened = open_model([folder], base=base)

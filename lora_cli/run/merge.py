@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from lora_cli import io_ops
 from lora_cli import model as models
 from lora_cli.adapter import files, inject
-from lora_cli.adapter.inject import Adapter, without_adapters
+from lora_cli.adapter.inject import without_adapters
 from lora_cli.data import template
 from lora_cli.data.tokens import encode
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES, LanguageModel
 from lora_cli.recipe.schema import ModelRecipe
 from lora_cli.run import probe
-from lora_cli.run.open import Opened, adapter_in, open_model, refuse_inside
+from lora_cli.run.open import Opened, adapter_in, open_model, refuse_inside, refuse_routed
 from lora_cli.screen import Screen
 
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
@@ -68,6 +68,7 @@ def merge(
             then nothing is left in `output`.
     """
     folder = adapter_in(path)
+    refuse_routed(folder)
     source = _source(folder, base)
     refuse_inside(output, folder, Path(source.name))
     # Some models round constants of theirs to the type they are loaded in, so float32 starts from float32.
@@ -99,7 +100,7 @@ def _write(
     """Merge and save; nothing of the model lives on but what it computed."""
     (adapter,) = opened.adapters.values()
     language, model = opened.language, opened.language.model
-    _refuse_unmergeable(adapter)
+    inject.refuse_unmergeable(adapter)
     _use_template(opened, screen)
     rows = probe.rows_for(language, opened.recipe)
     live = probe.logits(model, rows)
@@ -110,17 +111,6 @@ def _write(
     expected = Expected(rows, plain, live, _digests(model), language.tokenizer)
     _save(language, made)
     return expected, lost
-
-
-def _refuse_unmergeable(adapter: Adapter) -> None:
-    for name, delta in adapter.deltas.items():
-        reason = None
-        if not delta.mergeable:
-            reason = f"what {adapter.plan.method.name} adds depends on the input, so no weight stands for it"
-        elif delta.shift() is not None and adapter.layers[name].base.bias is None:
-            reason = "it adds a bias, and the layer has none that could take it (lora_bias)"
-        if reason is not None:
-            raise UserError(f"cannot be merged: {reason}", where=name, code=ExitCode.MODEL)
 
 
 def _use_template(opened: Opened, screen: Screen) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from lora_cli import model as models
-from lora_cli.adapter import files
+from lora_cli.adapter import files, rules
 from lora_cli.adapter.files import Saved
-from lora_cli.adapter.inject import Adapter, inject
+from lora_cli.adapter.inject import Adapter, depends_on_input, inject
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.load import load
@@ -102,6 +102,17 @@ def adapter_in(path: Path) -> Path:
         fix = "give the folder of an adapter or of a run; a merged model has nothing left to merge or export"
         raise UserError(what, where=str(path), fix=fix, code=ExitCode.MODEL)
     return folder
+
+
+def refuse_routed(folder: Path) -> None:
+    """Refuse an adapter that no weight and no other format can stand for, before its base is loaded.
+
+    Raises:
+        UserError: it adds something else for every input.
+    """
+    method = files.method_of(files.read(folder))
+    if not rules.is_mergeable(method):
+        raise depends_on_input(method.name, str(folder))
 
 
 def refuse_inside(output: Path, *sources: Path) -> None:

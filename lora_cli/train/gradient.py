@@ -98,7 +98,7 @@ def _backwards(
 def _backward(run: "Training", batch: Batch, index: int, trained_tokens: int) -> Tensor:
     """Add the gradient of one micro-batch; returns its loss as a share of the step's, still on the device."""
     of_all = index * run.processes.size + run.processes.rank
-    torch.manual_seed(_seed(run.train.seed, run.step, of_all))
+    torch.manual_seed(seed_of(run.train.seed, run.step, of_all))
     with run.computing():
         loss = run.loss(batch, run.accelerator.device) / trained_tokens
     if not loss.requires_grad:
@@ -107,7 +107,8 @@ def _backward(run: "Training", batch: Batch, index: int, trained_tokens: int) ->
     return loss.detach()
 
 
-def _seed(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
+    """A seed that follows from numbers: those of a step and of a micro-batch, so that nothing has to be saved."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 

@@ -31,7 +31,7 @@ from lora_cli.errors import ExitCode, UserError, some_of
 from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
-from lora_cli.train.gradient import accumulate, token_budget, unconnected
+from lora_cli.train.gradient import accumulate, seed_of, token_budget, unconnected
 from lora_cli.train.loss import Loss
 from lora_cli.train.measure import measure
 from lora_cli.train.processes import Processes
@@ -158,9 +158,8 @@ class Training:
 
     def measure(self, kind: str) -> dict[str, Tensor]:
         """What an init asks for, on the rows of the next step."""
-        torch.manual_seed(
-            _seed(self.train.seed, self.step)
-        )  # in all processes alike, should anything be dropped
+        # In all processes alike, should anything be dropped.
+        torch.manual_seed(seed_of(self.train.seed, self.step))
         return measure(
             kind,
             self.model,

@@ -16,6 +16,7 @@ forbids = {
     "base.embedding": "its rows are tokens, and a length for each dimension of all of them has no meaning",
     "lora_bias": "it would be scaled with its row, and no bias of a plain layer is",
 }
+needs = {"a mergeable delta": "a length of W0 + ΔW is one of a single weight"}
 SMALLEST = torch.finfo(torch.float32).tiny
 """Of a squared length, so that a row of zeros can be divided by it."""
 

@@ -23,7 +23,7 @@ Moments = Annotated[float, Field(ge=0, le=1)] | Literal["carry"]
 
 def needs(every: int, moments: Moments, **_: object) -> dict[str, str]:
     """What its settings ask for."""
-    found: dict[str, str] = {}
+    found = {"a mergeable delta": "every restart adds ΔW to W"}
     if every == 1:
         found |= {ONE_STEP: "beside a factor that is zero in every step the other one never learns"}
     if moments == "carry":
