@@ -31,8 +31,17 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "eva": {"init": {"eva": {"rho": 2.0, "rows": 8}}},
     "corda": {"init": {"corda": {"rows": 8}}},
     "lora_ga": {"init": {"lora_ga": {"rows": 8}}, "r": 2},
+    "deep_lora": {"init": {"gradient_frame": {"rows": 8}}},
+    "vb_lora": {"delta": {"vb_lora": {"vectors": 16, "length": 8}}},
 }
-RATE = {"random_projection": 0.3, "vera": 0.1, "full": 3e-3, "xgblora": 3e-2, "relora": 5e-3}
+RATE = {
+    "random_projection": 0.3,
+    "vera": 0.1,
+    "deep_lora": 3e-2,
+    "full": 3e-3,
+    "xgblora": 3e-2,
+    "relora": 5e-3,
+}
 
 
 @pytest.fixture
