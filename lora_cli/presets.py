@@ -117,6 +117,30 @@ PRESETS: dict[str, Preset] = {
         "`r` is what is left on average.",
         parts={"delta": Part(name="gated"), "init": Part(name="small"), "rank": Part(name="adalora")},
     ),
+    "trilora": Preset(
+        title="TriLoRA: LoRA with a trained gate for each of its r components, all closed at first",
+        paper="arXiv:2405.11236",
+        when="As LoRA; to see which components are used, and how much. r numbers a layer more than LoRA.",
+        parts={"delta": Part(name="gated"), "init": Part(name="closed")},
+    ),
+    "flora_core": Preset(
+        title="FLoRA: LoRA with a full r×r core between its factors",
+        paper="arXiv:2405.14739",
+        when="As LoRA; the core mixes all of its directions, at r² numbers a layer more.",
+        parts={"delta": Part(name="core"), "init": Part(name="closed")},
+    ),
+    "lora_xs": Preset(
+        title="LoRA-XS: r² numbers a layer, between frozen singular vectors of W0",
+        paper="arXiv:2405.17604",
+        when="When very few numbers are to train: r² a layer, whatever its size; r of 64 and more is affordable. Wants "
+        "a higher learning rate than LoRA. Saved as LoRA of rank r, because singular vectors are not the same to the "
+        "bit on two machines. Its abstract: over 100 times fewer trained numbers than LoRA in a model of 7B.",
+        parts={
+            "delta": Part(name="core"),
+            "init": Part(name="svd_of_w"),
+            "trainable": Part(name="only_core"),
+        },
+    ),
     "vera": Preset(
         title="VeRA: one random, frozen pair (A, B) for all layers; two vectors a layer train",
         paper="arXiv:2310.11454",
@@ -124,6 +148,37 @@ PRESETS: dict[str, Preset] = {
         "learning rate.",
         parts={"delta": Part(name="vera"), "init": Part(name="own"), "scale": Part(name="constant")},
         keys={"r": 256},
+    ),
+    "tied_lora": Preset(
+        title="Tied-LoRA: layers of one kind train one A and one B together, and two vectors each",
+        paper="arXiv:2311.09578",
+        when="When adapters have to be small, and vera's frozen pair is too little: LoRA's numbers once a kind of "
+        "layer, and r + out a layer. `delta: {tied: {share: all}}` for one pair in all. Its abstract: near LoRA with a "
+        "fraction of the trained numbers.",
+        parts={"delta": Part(name="tied"), "init": Part(name="own")},
+    ),
+    "lotr": Preset(
+        title="LoTR: layers of one shape train one L and one R together, and r² numbers each",
+        paper="arXiv:2402.01376",
+        when="As tied_lora, where a layer may mix the common directions freely. L and R start at N(0, 1): begin with a "
+        "lower learning rate or alpha than LoRA's.",
+        parts={"delta": Part(name="lotr"), "init": Part(name="own")},
+    ),
+    "nola": Preset(
+        title="NOLA: A and B are sums of random matrices; 2·K weights a layer train",
+        paper="arXiv:2310.02556",
+        when="When the file has to be tiny, whatever the size of the layers and r: 2·K numbers a layer, and the seed. "
+        "A step takes longer than LoRA's. Its abstract: almost 20 times smaller than LoRA of rank 1 for LLaMA-2 70B.",
+        parts={"delta": Part(name="nola"), "init": Part(name="own")},
+    ),
+    "vb_lora": Preset(
+        title="VB-LoRA: A and B are put together from the vectors of one bank, common to all layers",
+        paper="arXiv:2405.15179",
+        when="When very many adapters are to be kept: some bytes a vector, and one bank. Trains more numbers than it "
+        "saves, and wants a higher learning rate than LoRA. `length` has to divide both sides of every layer. Its "
+        "abstract: 0.4 % of LoRA's stored numbers with Llama-2 13B.",
+        parts={"delta": Part(name="vb_lora"), "init": Part(name="own"), "scale": Part(name="constant")},
+        keys={"r": 4},
     ),
     "symmetric": Preset(
         title="Symmetric start: both factors random, W = W0 − s·B0·A0 + s·B·A",
@@ -165,6 +220,42 @@ PRESETS: dict[str, Preset] = {
         when="The cheapest step of all; better than LoRA in PEFT's own benchmark. r has to divide the inputs of every "
         "layer.",
         parts={"delta": Part(name="miss"), "init": Part(name="own"), "scale": Part(name="constant")},
+    ),
+    "melora": Preset(
+        title="MELoRA: n small LoRAs on the diagonal of ΔW",
+        paper="arXiv:2402.17263",
+        when="For a high rank with few numbers: rank n·r at the price of r. n has to divide both sides of every layer. "
+        "Its abstract: 8 times fewer trained numbers (understanding), 36 times (instructions) than LoRA, and better.",
+        parts={"delta": Part(name="melora"), "init": Part(name="own")},
+    ),
+    "loha": Preset(
+        title="LoHa (FedPara): two thin products multiplied entry by entry, rank up to r²",
+        paper="arXiv:2108.06098",
+        when="For a high rank from a small r, where the longer step does not matter. Its abstract, of federated "
+        "learning: 3 to 10 times less to send than whole layers.",
+        parts={"delta": Part(name="loha"), "init": Part(name="own")},
+        keys={"r": 8},
+    ),
+    "lokr": Preset(
+        title="LoKr: the Kronecker product of two small matrices",
+        paper="arXiv:2309.14859",
+        when="For a high rank from very few numbers. `delta: {lokr: {factor: 8}}` makes the first matrix smaller and "
+        "the second one larger.",
+        parts={"delta": Part(name="lokr"), "init": Part(name="own")},
+    ),
+    "deep_lora": Preset(
+        title="Deep LoRA: three small cores in a row, in a frame along the gradient",
+        paper="arXiv:2406.04112",
+        when="With little data, when r is not to be tuned: the cores use few of the r directions by themselves. Learns "
+        "slowly at first, because they start tiny.",
+        parts={"delta": Part(name="deep"), "init": Part(name="gradient_frame")},
+    ),
+    "loretta": Preset(
+        title="LoRETTA: A and B as tensor trains",
+        paper="arXiv:2402.11417",
+        when="When adapters have to be tiny and the layers are large: numbers grow with the logarithm of the layer's "
+        "size. Its abstract: up to 100 times fewer trained numbers than LoRA in LLaMA-2 7B.",
+        parts={"delta": Part(name="loretta"), "init": Part(name="own")},
     ),
     "serial": Preset(
         title="Serial LoRA: train, merge, start again",

@@ -27,7 +27,11 @@ from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
 
 IN, OUT, R = 12, 20, 4
 LAYER = "blocks.0.layer"
-SMALL: dict[str, dict[str, Any]] = {}
+SMALL: dict[str, dict[str, Any]] = {
+    "loretta": {"bond": 3},
+    "nola": {"bases": 8},
+    "vb_lora": {"vectors": 6, "length": 2},
+}
 """Settings of deltas whose own are for larger layers."""
 KINDS = ("linear", "conv1d", "embedding")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -269,8 +273,9 @@ def test_every_init_and_every_delta_stands_in_some_start():
 @pytest.mark.parametrize(("init", "delta", "kind"), STARTS)
 def test_init_starts_at_the_base_and_every_factor_moves_within_two_steps(init, delta, kind):
     made = started(init, kind, delta)
+    allowed = 1e-2 if hasattr(parts.load("delta", delta), "approximates") else 1e-6
     matrices = [made.weight()] if made.mergeable else [made.expert(n) for n in range(len(made.router))]
-    assert all(W.norm() <= 1e-6 * base_of(kind, torch.float32).weight().norm() for W in matrices)
+    assert all(W.norm() <= allowed * base_of(kind, torch.float32).weight().norm() for W in matrices)
     trained = [p for p in made.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     x = torch.arange(IN) if kind == "embedding" else torch.randn(8, IN)
@@ -336,7 +341,8 @@ def test_output_of_rslora_does_not_shrink_with_the_rank():
 
 @pytest.mark.parametrize("trainable", parts.names("trainable"))
 def test_after_ten_steps_exactly_the_declared_tensors_changed(trainable):
-    delta = started("symmetric", "linear")
+    init, name = {"only_core": ("closed", "core")}.get(trainable, ("symmetric", "lowrank"))
+    delta = started(init, "linear", name)
     trains = parts.load("trainable", trainable).trains
     for key, parameter in delta.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and trains(key))

@@ -33,8 +33,18 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "corda": {"init": {"corda": {"rows": 8}}},
     "lora_ga": {"init": {"lora_ga": {"rows": 8}}, "r": 2},
     "fourierft": {"r": 64},
+    "deep_lora": {"init": {"gradient_frame": {"rows": 8}}},
+    "vb_lora": {"delta": {"vb_lora": {"vectors": 16, "length": 8}}},
 }
-RATE = {"random_projection": 0.3, "vera": 0.1, "full": 3e-3, "mov": 0.1, "xgblora": 3e-2, "relora": 5e-3}
+RATE = {
+    "random_projection": 0.3,
+    "vera": 0.1,
+    "deep_lora": 3e-2,
+    "full": 3e-3,
+    "mov": 0.1,
+    "xgblora": 3e-2,
+    "relora": 5e-3,
+}
 RATE |= {
     "spectral_rotate": 0.1,
     "ia3": 0.1,

@@ -89,6 +89,8 @@ EVALS = {"train.max_steps": 3, "train.eval_steps": 1}
 ADALORA = {"adapter.method": "adalora", "train.max_steps": 10}
 EXPERTS = {"adapter.method": "molora", "adapter.delta": {"experts": {"count": 3}}}
 SHORT_PIECES = {"adapter.lifecycle": {"restart": {"every": 2}}, "train.max_steps": 6}
+BANK = {"adapter.method": "vb_lora", "adapter.delta": {"vb_lora": {"length": 8}}}
+DEEP = {"adapter.method": "deep_lora"}
 BIASED = {"model.name": "${biased}", "adapter.target_modules": ["q_proj"]}
 CHAT = {"data.chat_template": "auto"}
 
@@ -189,6 +191,19 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
         Case("adapter", {"experts": {"count": 3, "top": 1}}, EXPERTS),
         Case("refused", {"experts": {"count": 3, "top": 4}}, EXPERTS, "no more experts"),
     ),
+    "adapter.delta.lokr.factor": Case("adapter", {"lokr": {"factor": 2}}, {"adapter.method": "lokr"}),
+    "adapter.delta.loretta.bond": Case("adapter", {"loretta": {"bond": 2}}, {"adapter.method": "loretta"}),
+    "adapter.delta.lotr.share": Case("adapter", {"lotr": {"share": "all"}}, {"adapter.method": "lotr"}),
+    "adapter.delta.melora.n": Case("adapter", {"melora": {"n": 2}}, {"adapter.method": "melora"}),
+    "adapter.delta.nola.bases": Case("adapter", {"nola": {"bases": 8}}, {"adapter.method": "nola"}),
+    "adapter.delta.nola.seed": Case("adapter", {"nola": {"seed": 1}}, {"adapter.method": "nola"}),
+    "adapter.delta.tied.share": Case("adapter", {"tied": {"share": "all"}}, {"adapter.method": "tied_lora"}),
+    "adapter.delta.vb_lora.vectors": Case("adapter", {"vb_lora": {"length": 8, "vectors": 9}}, BANK),
+    "adapter.delta.vb_lora.length": Case("adapter", {"vb_lora": {"length": 4}}, BANK),
+    "adapter.delta.vb_lora.k": Case("adapter", {"vb_lora": {"length": 8, "k": 3}}, BANK),
+    "adapter.init.gradient_frame.size": Case("adapter", {"gradient_frame": {"size": 0.1}}, DEEP),
+    "adapter.init.gradient_frame.rows": Case("adapter", {"gradient_frame": {"rows": 8}}, DEEP),
+    "adapter.init.svd_of_w.std": Case("adapter", {"svd_of_w": {"std": 0.1}}, {"adapter.method": "lora_xs"}),
     "adapter.init.corda.mode": Case("adapter", {"corda": {"mode": "kpm"}}, {"adapter.method": "corda"}),
     "adapter.init.corda.rows": Case("adapter", {"corda": {"rows": 8}}, {"adapter.method": "corda"}),
     "adapter.init.eva.rows": Case("adapter", {"eva": {"rows": 8}}, {"adapter.init": "eva"}),

@@ -1,6 +1,7 @@
 """gated: ΔW = s·B·diag(E)·A, a trained gate E for each of the r components. arXiv:2303.10512
 
 The form of a singular value decomposition, which lets a rank controller (`rank: adalora`) close single components.
+Without one it is TriLoRA (arXiv:2405.11236).
 """
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from lora_cli.adapter.delta import LowRank, Place
 
-needs = {"init.small": "with closed gates neither A nor B may start at zero: no step would lead away"}
+needs = {
+    "init.small or init.closed": "with closed gates neither A nor B may start at zero: no step would lead away"
+}
 
 
 class Gated(LowRank):
@@ -18,6 +21,10 @@ class Gated(LowRank):
         """All gates closed, so that the model starts as the base."""
         super().__init__(place)
         self.E = nn.Parameter(torch.zeros(place.r))
+
+    def start(self, generator: torch.Generator) -> None:
+        """All gates closed."""
+        nn.init.zeros_(self.E)
 
     def up(self) -> Tensor:
         """B·diag(E)."""
