@@ -47,7 +47,7 @@ def layer(delta: str, kind: str = "linear", scale: float = 1.0, r: int = R, size
     made: Delta = parts.load("delta", delta).make(
         Place(base, r, scale), **parts.settings("delta", Part(delta))
     )
-    made.start()
+    made.start(torch.Generator())
     moved(made, size)
     return Adapted(base, made)
 
@@ -116,7 +116,7 @@ def test_directions_of_singular_value_zero_stay():
     base = view_of(linear)[1]
     for name in ("svdiff", "sam_parser"):
         made = parts.load("delta", name).make(Place(base, R, 1.0))
-        made.start()
+        made.start(torch.Generator())
         moved(made, 1.0)
         assert rank_of(base.weight() + made.weight()) <= 5
 
