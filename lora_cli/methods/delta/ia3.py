@@ -41,7 +41,9 @@ class IA3(Delta):
         if dropped is not x:
             return super().beside(base, x, dropped)
         y = base.module(x)
-        return (y * (1 + self._more())).to(y.dtype)  # in float32, where l = 1.001 is not 1
+        return (y * (1 + self._more())).to(
+            y.dtype
+        )  # the factor stays float32: in 16 bits it could be 1 or 1.008
 
     def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + s·(l − 1) ⊙ (W0·x + b0)."""
