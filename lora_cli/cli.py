@@ -286,6 +286,10 @@ def export(
     adapter: AdapterPath,
     output: NewFolder,
     format: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.peft,
+    r: Annotated[
+        int | None,
+        typer.Option("--r", help="Cut an adapter that dylora has trained to this rank.", min=1),
+    ] = None,
     base: BaseModel = None,
     as_json: AsJson = False,
 ) -> None:
@@ -293,7 +297,7 @@ def export(
     from lora_cli.run.export import export
 
     screen = Screen()
-    screen.result(export(adapter, format.value, output, screen, base=base), as_json)
+    screen.result(export(adapter, format.value, output, screen, base=base, r=r), as_json)
 
 
 @app.command()

@@ -121,13 +121,13 @@ PRESETS: dict[str, Preset] = {
         title="TriLoRA: LoRA with a trained gate for each of its r components, all closed at first",
         paper="arXiv:2405.11236",
         when="As LoRA; to see which components are used, and how much. r numbers a layer more than LoRA.",
-        parts={"delta": Part(name="gated"), "init": Part(name="closed")},
+        parts={"delta": Part(name="gated"), "init": Part(name="both")},
     ),
     "flora_core": Preset(
         title="FLoRA: LoRA with a full r×r core between its factors",
         paper="arXiv:2405.14739",
         when="As LoRA; the core mixes all of its directions, at r² numbers a layer more.",
-        parts={"delta": Part(name="core"), "init": Part(name="closed")},
+        parts={"delta": Part(name="core"), "init": Part(name="both")},
     ),
     "lora_xs": Preset(
         title="LoRA-XS: r² numbers a layer, between frozen singular vectors of W0",
@@ -140,6 +140,66 @@ PRESETS: dict[str, Preset] = {
             "init": Part(name="svd_of_w"),
             "trainable": Part(name="only_core"),
         },
+    ),
+    "sora": Preset(
+        title="SoRA: gates that are pulled to zero in every step, so that the rank of each layer finds itself",
+        paper="arXiv:2311.11696",
+        when="When the rank is to follow from the data: `r` is the largest one a layer may have, "
+        "`rank: {sora: {threshold: ...}}` the price of a component. Set it with the length of the run: about one over "
+        "the number of steps closes what nothing holds open.",
+        parts={"delta": Part(name="gated", settings={"start": 1.0}), "rank": Part(name="sora")},
+    ),
+    "dora_dynamic": Preset(
+        title="DoRA of dynamic rank: closes the components that contribute least to their layer's ΔW",
+        paper="arXiv:2405.17357",
+        when="As adalora, by a score that needs no gradient, and with all decisions in the first half of the run.",
+        parts={"delta": Part(name="gated"), "init": Part(name="both"), "rank": Part(name="dora_dynamic")},
+    ),
+    "dylora": Preset(
+        title="DyLoRA: one training for every rank up to r",
+        paper="arXiv:2210.07558",
+        when="When the rank is to be chosen afterwards: `lora export --r b` cuts the adapter to rank b. At its full r "
+        "it is a little behind LoRA trained for that r alone.",
+        parts={"delta": Part(name="nested"), "rank": Part(name="dylora")},
+    ),
+    "prilora": Preset(
+        title="PRILoRA: ranks that rise with depth, and rows of A pruned by weight and input",
+        paper="arXiv:2401.11316",
+        when="When upper layers have more to learn, as in classification. `r` is the rank in the middle.",
+        parts={"rank": Part(name="prilora")},
+        keys={"r": 8},
+    ),
+    "aflora": Preset(
+        title="AFLoRA: LoRA between two vectors; A and B are frozen one after the other on the way",
+        paper="arXiv:2403.13269",
+        when="To train few numbers for most of the run: VeRA's vectors remain when every A and B is frozen.",
+        parts={
+            "delta": Part(name="scaled"),
+            # A gain of √2 over uniform inputs, as the authors' code.
+            "init": Part(name="both", settings={"bound": 6**0.5}),
+            "scale": Part(name="constant"),
+            "lifecycle": (Part(name="aflora"),),
+        },
+        keys={"r": 4},
+    ),
+    "dropbp": Preset(
+        title="DropBP: LoRA without the backward pass of some residual branches, drawn anew in every step",
+        paper="arXiv:2402.17812",
+        when="When time is short: at rate 0.5 about half of the backward pass is saved. Goes on top of any method as "
+        "`lifecycle: dropbp`.",
+        parts={"lifecycle": (Part(name="dropbp"),)},
+    ),
+    "sparse_adapter": Preset(
+        title="SparseAdapter: LoRA with the least important entries pruned after a few steps",
+        paper="arXiv:2210.04284",
+        when="For a larger r at the same number of parameters that matter: r 64 with sparsity 0.75 against r 16.",
+        parts={"lifecycle": (Part(name="sparse_adapter"),)},
+    ),
+    "roselora": Preset(
+        title="RoseLoRA: rows of A and columns of B kept sparse, so that ΔW touches few weights",
+        paper="arXiv:2406.10777",
+        when="When little of W0 may change, as in editing what a model knows.",
+        parts={"lifecycle": (Part(name="roselora"),)},
     ),
     "vera": Preset(
         title="VeRA: one random, frozen pair (A, B) for all layers; two vectors a layer train",

@@ -59,7 +59,20 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "init.lora_ga": [{"rows": 4}],
     "init.pissa": [{}, {"niter": 3}],
     "scale.constant": [{}, {"value": 0.5}],
+    "delta.gated": [{}, {"start": 1.0}],
+    "init.both": [{}, {"bound": 2.0}],
     "rank.adalora": [{"every": 1}, {"every": 2, "initial": 2.0, "orthogonality": 0.0}],
+    "rank.dora_dynamic": [{"every": 1, "end": 0.8}, {"every": 2, "initial": 2.0, "dispersion": 0.0}],
+    "rank.dylora": [{}, {"frozen": True}],
+    "rank.prilora": [{"every": 2}, {"every": 1, "share": 0.3, "spread": 0.8}],
+    "rank.sora": [{"threshold": 0.1}, {"threshold": 1e-3}],
+    "lifecycle.aflora": [{"every": 1, "begin": 0.0, "end": 0.8}, {"every": 2}],
+    "lifecycle.dropbp": [{}],
+    "lifecycle.roselora": [{"density": 0.5}, {"density": 0.3, "begin": 0.0, "end": 0.5}],
+    "lifecycle.sparse_adapter": [
+        {"after": 1, "sparsity": 0.5},
+        {"after": 2, "score": "random", "sparsity": 0.3},
+    ],
     "lifecycle.delta_lora": [{"after": 0}, {"after": 2, "ratio": 0.5}],
     "lifecycle.restart": [
         {"every": 1},
@@ -87,6 +100,34 @@ BESIDE: list[dict[str, Any]] = [
 # ---- what is trained --------------------------------------------------------------------------------------------
 
 
+class Branch(nn.Module):
+    """A part of a block, with linear layers of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+        self.gate = nn.Linear(8, 16, bias=False)
+        self.down = Conv1D(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the residual stream."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """A residual block with one branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), Branch()
+        for tensor in (self.norm.bias, self.mlp.down.weight, self.mlp.down.bias):
+            nn.init.normal_(tensor, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stream, and what the branch makes of it."""
+        return x + self.mlp(self.norm(x))
+
+
 class Tiny(nn.Module):
     """The smallest language model that the loop takes, with layers of every kind."""
 
@@ -94,19 +135,12 @@ class Tiny(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(16, 8)
-        self.norm = nn.LayerNorm(8)
-        self.up = nn.Linear(8, 16)
-        self.gate = nn.Linear(8, 16, bias=False)
-        self.down = Conv1D(8, 16)
+        self.blocks = nn.ModuleList([Block()])
         self.head = nn.Linear(8, 16, bias=False)
-        for tensor in (self.norm.bias, self.down.weight, self.down.bias):
-            nn.init.normal_(tensor, std=0.3)
 
     def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
         """Logits, as models of transformers give them."""
-        x = self.embed(input_ids)
-        normed = self.norm(x)
-        return SimpleNamespace(logits=self.head(x + self.down(F.silu(self.gate(normed)) * self.up(normed))))
+        return SimpleNamespace(logits=self.head(self.blocks[0](self.embed(input_ids))))
 
     def get_output_embeddings(self) -> nn.Module:
         """Where the loss lets only the trained positions through."""
@@ -402,6 +436,8 @@ def frozen(combination: Combination, adapter: Adapter) -> set[str]:
     untrained = adapter.named_tensors().keys() - adapter.trainable().keys()
     if has(combination, "restart"):
         return set()
+    if has(combination, "aflora"):  # they were frozen on the way
+        untrained = {name for name in untrained if not name.endswith((".A", ".B"))}
     return {name for name in untrained if not (has(combination, "delta_lora") and ".fixed_" in name)}
 
 
@@ -412,7 +448,7 @@ def moving(combination: Combination, adapter: Adapter) -> set[str]:
     if count := restart.get("layers"):
         last = (STEPS - 1) // restart["every"]
         held_back = adapter.layers.keys() - drawn_layers(list(adapter.layers), count, 0, last)
-    closing = (".E",) if combination.chosen["rank"][0].name == "adalora" else ()
+    closing = (".E",) if combination.chosen["rank"][0].name in ("adalora", "dora_dynamic", "sora") else ()
     learning = {name for name in adapter.trainable() if not name.endswith(closing)}
     return {name for name in learning if not name.startswith(tuple(f"{layer}." for layer in held_back))}
 

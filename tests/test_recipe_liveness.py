@@ -88,6 +88,12 @@ LONGER = {"train.max_steps": 4}
 EVALS = {"train.max_steps": 3, "train.eval_steps": 1}
 ADALORA = {"adapter.method": "adalora", "train.max_steps": 10}
 EXPERTS = {"adapter.method": "molora", "adapter.delta": {"experts": {"count": 3}}}
+DYNAMIC = {"adapter.method": "dora_dynamic", "train.max_steps": 10}
+PRILORA = {"adapter.method": "prilora", "train.max_steps": 5}
+EVERY_LAYER = {"adapter.rank": {"prilora": {"every": 1}}, "adapter.target_modules": "all-linear"}
+AFLORA = {"adapter.method": "aflora", "train.max_steps": 10}
+SPARSE = {"adapter.lifecycle": {"sparse_adapter": {"after": 1}}, "train.max_steps": 4}
+ROSE = {"adapter.lifecycle": "roselora", "train.max_steps": 6}
 SHORT_PIECES = {"adapter.lifecycle": {"restart": {"every": 2}}, "train.max_steps": 6}
 BANK = {"adapter.method": "vb_lora", "adapter.delta": {"vb_lora": {"length": 8}}}
 DEEP = {"adapter.method": "deep_lora"}
@@ -204,6 +210,11 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "adapter.init.gradient_frame.size": Case("adapter", {"gradient_frame": {"size": 0.1}}, DEEP),
     "adapter.init.gradient_frame.rows": Case("adapter", {"gradient_frame": {"rows": 8}}, DEEP),
     "adapter.init.svd_of_w.std": Case("adapter", {"svd_of_w": {"std": 0.1}}, {"adapter.method": "lora_xs"}),
+    "adapter.delta.gated.start": Case(
+        "adapter", {"gated": {"start": 0.5}}, {**LONGER, "adapter.method": "sora"}
+    ),
+    "adapter.delta.scaled.d": Case("adapter", {"scaled": {"d": 0.5}}, {"adapter.method": "aflora"}),
+    "adapter.init.both.bound": Case("adapter", {"both": {"bound": 2.0}}, {"adapter.method": "aflora"}),
     "adapter.init.corda.mode": Case("adapter", {"corda": {"mode": "kpm"}}, {"adapter.method": "corda"}),
     "adapter.init.corda.rows": Case("adapter", {"corda": {"rows": 8}}, {"adapter.method": "corda"}),
     "adapter.init.eva.rows": Case("adapter", {"eva": {"rows": 8}}, {"adapter.init": "eva"}),
@@ -232,6 +243,59 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
         {**ADALORA, "adapter.rank": {"adalora": {"every": 1}}, "adapter.target_modules": "all-linear"},
     ),
     "adapter.rank.adalora.orthogonality": Case("adapter", {"adalora": {"orthogonality": 1.0}}, ADALORA),
+    "adapter.rank.sora.threshold": Case(
+        "adapter", {"sora": {"threshold": 0.1}}, {**LONGER, "adapter.method": "sora"}
+    ),
+    "adapter.rank.dora_dynamic.initial": Case("adapter", {"dora_dynamic": {"initial": 2.0}}, DYNAMIC),
+    "adapter.rank.dora_dynamic.begin": Case(
+        "adapter",
+        {"dora_dynamic": {"every": 1, "begin": 0.4}},
+        {**DYNAMIC, "adapter.rank": {"dora_dynamic": {"every": 1}}},
+    ),
+    "adapter.rank.dora_dynamic.end": Case("adapter", {"dora_dynamic": {"end": 0.9}}, DYNAMIC),
+    "adapter.rank.dora_dynamic.every": Case("adapter", {"dora_dynamic": {"every": 1}}, DYNAMIC),
+    "adapter.rank.dora_dynamic.beta": Case(
+        "adapter",
+        {"dora_dynamic": {"every": 1, "beta": 0.0}},
+        {**DYNAMIC, "adapter.rank": {"dora_dynamic": {"every": 1}}, "adapter.target_modules": "all-linear"},
+    ),
+    "adapter.rank.dora_dynamic.dispersion": Case("adapter", {"dora_dynamic": {"dispersion": 9.0}}, DYNAMIC),
+    "adapter.rank.dylora.frozen": Case(
+        "adapter", {"dylora": {"frozen": True}}, {**LONGER, "adapter.method": "dylora"}
+    ),
+    "adapter.rank.prilora.spread": Case("adapter", {"prilora": {"spread": 0.2}}, PRILORA),
+    "adapter.rank.prilora.every": Case("adapter", {"prilora": {"every": 2}}, PRILORA),
+    "adapter.rank.prilora.share": Case(
+        "adapter", {"prilora": {"every": 2, "share": 0.2}}, {**PRILORA, "adapter.rank": {"prilora": {"every": 2}}}
+    ),
+    "adapter.rank.prilora.beta": Case(
+        "adapter", {"prilora": {"every": 1, "beta": 0.0}}, {**PRILORA, **EVERY_LAYER}
+    ),
+    "adapter.lifecycle.aflora.begin": Case(
+        "adapter",
+        {"aflora": {"every": 1, "end": 0.9, "begin": 0.5}},
+        {**AFLORA, "adapter.lifecycle": {"aflora": {"every": 1, "end": 0.9}}},
+    ),
+    "adapter.lifecycle.aflora.end": Case("adapter", {"aflora": {"end": 0.9}}, AFLORA),
+    "adapter.lifecycle.aflora.every": Case(
+        "adapter",
+        {"aflora": {"every": 1, "end": 0.9}},
+        {**AFLORA, "adapter.lifecycle": {"aflora": {"every": 4, "end": 0.9}}},
+    ),
+    "adapter.lifecycle.dropbp.rate": Case(
+        "adapter", {"dropbp": {"rate": 0.9}}, {**LONGER, "adapter.lifecycle": "dropbp"}
+    ),
+    "adapter.lifecycle.sparse_adapter.sparsity": Case(
+        "adapter", {"sparse_adapter": {"after": 1, "sparsity": 0.5}}, SPARSE
+    ),
+    "adapter.lifecycle.sparse_adapter.after": Case("adapter", {"sparse_adapter": {"after": 2}}, SPARSE),
+    "adapter.lifecycle.sparse_adapter.score": Case(
+        "adapter", {"sparse_adapter": {"after": 1, "score": "random"}}, SPARSE
+    ),
+    "adapter.lifecycle.roselora.density": Case("adapter", {"roselora": {"density": 0.5}}, ROSE),
+    "adapter.lifecycle.roselora.begin": Case("adapter", {"roselora": {"begin": 0.5}}, ROSE),
+    "adapter.lifecycle.roselora.end": Case("adapter", {"roselora": {"end": 1.0}}, ROSE),
+    "adapter.lifecycle.roselora.beta": Case("adapter", {"roselora": {"beta": 0.0}}, ROSE),
     "adapter.lifecycle.delta_lora.ratio": Case(
         "adapter",
         {"delta_lora": {"after": 1, "ratio": 9.0}},

@@ -54,6 +54,8 @@ class Delta(nn.Module, ABC):
     """False where ΔW depends on x, so that no single matrix stands for it."""
     compact = False
     """True where the tensors of ΔW are far smaller than its factors, so that they are what is saved."""
+    in_order = False
+    """True where the place of a component means something: one that is zero is saved like the others."""
 
     def __init__(self, dropout: nn.Module | None = None) -> None:
         """`dropout` drops from x; None, so that the hot path has nothing to call, when nothing is dropped."""

@@ -6,7 +6,7 @@ Whatever was trained (a start that is subtracted, gates, sums of thin products) 
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.adapter import peft_format
 from lora_cli.adapter.delta import LowRank
@@ -65,6 +65,23 @@ def as_lora(adapter: Adapter) -> Portable | None:
     return Portable(plan, {key: _own(tensor) for key, tensor in tensors.items()})
 
 
+def cut(adapter: Adapter, r: int) -> None:
+    """Leave the first `r` components of every layer, in place, times what the scale α/r of fewer is larger by.
+
+    Args:
+        adapter: plain LoRA, as `rank: dylora` is saved.
+        r: a layer that has no more keeps all of them.
+    """
+    layers: list[LayerSpec] = []
+    for spec in adapter.plan.layers:
+        delta, left = adapter.layers[spec.name].delta, min(r, spec.r)
+        assert isinstance(delta, LowRank)
+        delta.A = nn.Parameter(delta.A.detach()[:left], requires_grad=False)
+        delta.B = nn.Parameter(delta.B.detach()[:, :left] * (spec.r / left), requires_grad=False)
+        layers.append(replace(spec, r=left, alpha=spec.scale * left))
+    adapter.plan = replace(adapter.plan, layers=tuple(layers))
+
+
 def saved_form(adapter: Adapter) -> Portable:
     """What is saved: LoRA wherever that is exact and not much larger than what was trained."""
     if any(delta.compact for delta in adapter.deltas.values()):
@@ -101,7 +118,7 @@ def _factors(
         return None
     B = torch.cat([factors[0], *(B for B, _ in absorbed)], 1)
     A = torch.cat([factors[1], *(A for _, A in absorbed)], 0)
-    B, A = _without_zeros(B, A)
+    B, A = (B, A) if delta.in_order else _without_zeros(B, A)
     shift = delta.shift()
     tensors = own | {"A": A, "B": B} | ({} if shift is None else {"bias": shift})
     r = A.shape[0]
@@ -120,7 +137,8 @@ def _as_lora(plan: Plan, specs: tuple[LayerSpec, ...], combine: str) -> Plan:
         return plan
     kept = plan.method
     scale = kept.scale if kept.scale.name == "rslora" and specs == plan.layers else Part(name="alpha_over_r")
-    method = Method(name=kept.name, combine=Part(name=combine), scale=scale, dropout=kept.dropout)
+    how = Part(name=combine)
+    method = Method(name=kept.name, combine=how, scale=scale, rank=kept.rank, dropout=kept.dropout)
     return replace(plan, method=method, layers=specs)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from lora_cli import io_ops, parts
 from lora_cli.adapter import files
 from lora_cli.adapter.inject import Adapter, inject
-from lora_cli.adapter.portable import Portable, as_lora
+from lora_cli.adapter.portable import Portable, as_lora, cut
+from lora_cli.adapter.saved import Saved
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import LanguageModel
 from lora_cli.run import probe
@@ -19,7 +20,9 @@ TOLERANCE = 1e-5
 """Largest ‖exported − live‖ / ‖live‖ of logits, computed in float32."""
 
 
-def export(path: Path, format: str, output: Path, screen: Screen, base: str | None = None) -> dict[str, Any]:
+def export(
+    path: Path, format: str, output: Path, screen: Screen, base: str | None = None, r: int | None = None
+) -> dict[str, Any]:
     """Write the adapter in `path` to the folder `output` in PEFT's format, read it back, and compare.
 
     Args:
@@ -28,6 +31,7 @@ def export(path: Path, format: str, output: Path, screen: Screen, base: str | No
         output: folder to make.
         screen: where the result is shown.
         base: use this model instead of the one the adapter names.
+        r: leave the first so many components of every layer; of an adapter that dylora trained.
 
     Raises:
         UserError: there is no adapter, PEFT has nothing that computes the same, or what was written does not.
@@ -41,6 +45,9 @@ def export(path: Path, format: str, output: Path, screen: Screen, base: str | No
     with io_ops.new_folder(output) as made:
         opened = open_model([folder], base=base)
         (adapter,), (saved,) = opened.adapters.values(), opened.saved.values()
+        if r is not None:
+            _check_cut(saved, r)
+            cut(adapter, r)
         rows = probe.rows_for(opened.language, opened.recipe)
         live = probe.logits(opened.language.model, rows)
         adapter.deactivate()
@@ -54,6 +61,21 @@ def export(path: Path, format: str, output: Path, screen: Screen, base: str | No
             raise UserError(what, where="the exported adapter", code=ExitCode.VERIFICATION)
     screen.note(f"exported to {output}; read back, its logits differ by {error:.1e}")
     return {"output": str(output), "format": format, "layers": len(exact.plan.layers), "logit_error": error}
+
+
+def _check_cut(saved: Saved, r: int) -> None:
+    """Refuse to cut what is in no order, or where nothing would be cut.
+
+    Raises:
+        UserError: dylora did not train it, or its rank is not larger.
+    """
+    trained = [part.name for part in saved.ours.parts.get("rank", ())]
+    if trained != ["dylora"]:
+        what = "only of an adapter that dylora has trained the first components are one of their own"
+        raise UserError(what, where="--r", fix="leave it out, or train with adapter.method: dylora")
+    largest = max([saved.config.r, *(saved.config.rank_pattern or {}).values()])
+    if r > largest:
+        raise UserError(f"its rank is {largest}", where=f"--r {r}", fix="give a smaller one")
 
 
 def _as_lora(adapter: Adapter) -> Portable:

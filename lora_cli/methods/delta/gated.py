@@ -1,30 +1,51 @@
 """gated: ΔW = s·B·diag(E)·A, a trained gate E for each of the r components. arXiv:2303.10512
 
-The form of a singular value decomposition, which lets a rank controller (`rank: adalora`) close single components.
-Without one it is TriLoRA (arXiv:2405.11236).
+The form of a singular value decomposition, which lets a rank controller (`rank: adalora`, `sora` ...) close single
+components. With closed gates and no controller it is TriLoRA (arXiv:2405.11236); with `start: 1` all are open at
+first, and it is LoRA with gates.
 """
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from lora_cli.adapter.delta import LowRank, Place
+from lora_cli.recipe.schema import Section
 
-needs = {
-    "init.small or init.closed": "with closed gates neither A nor B may start at zero: no step would lead away"
-}
+
+class Settings(Section):
+    """Settings in a recipe: `{gated: {start: 1}}`."""
+
+    start: Annotated[float, Field(ge=0)] = Field(default=0.0, description="First value of every gate.")
+
+
+def needs(start: float) -> dict[str, str]:
+    """Something has to lead away from the start."""
+    why = "with closed gates neither A nor B may start at zero: no step would lead away"
+    return {} if start else {"init.small or init.both": why}
+
+
+def forbids(start: float) -> dict[str, str]:
+    """With open gates A or B has to be zero."""
+    never = {"init.own": "A and B would both be zero, from where no step leads"}
+    why = "it fills A and B, and with open gates the model would not start as the base"
+    return never | ({"init.small": why, "init.both": why} if start else {})
 
 
 class Gated(LowRank):
     """E stands between B and A."""
 
-    def __init__(self, place: Place) -> None:
-        """All gates closed, so that the model starts as the base."""
+    def __init__(self, place: Place, start: float) -> None:
+        """All gates alike: closed, so that the model starts as the base, or open, where the init sees to that."""
         super().__init__(place)
-        self.E = nn.Parameter(torch.zeros(place.r))
+        self.first = float(start)
+        self.E = nn.Parameter(torch.full((place.r,), self.first))
 
     def start(self, generator: torch.Generator) -> None:
-        """All gates closed."""
-        nn.init.zeros_(self.E)
+        """All gates alike again."""
+        nn.init.constant_(self.E, self.first)
 
     def up(self) -> Tensor:
         """B·diag(E)."""
@@ -34,6 +55,6 @@ class Gated(LowRank):
 make = Gated
 
 
-def shapes(in_features: int, out_features: int, r: int) -> dict[str, tuple[int, ...]]:
+def shapes(in_features: int, out_features: int, r: int, start: float) -> dict[str, tuple[int, ...]]:
     """The tensors that make up ΔW."""
     return {"A": (r, in_features), "B": (out_features, r), "E": (r,)}
