@@ -146,7 +146,7 @@ def test_memory_that_is_short_in_one_process_changes_nothing_that_is_learned(ben
     recipe = bench.recipe(adapter={"dropout": 0.0}, train={"optimizer": "sgd", **how})
     alone = recipe.model_copy(update={"output": bench.recipe().output})
     train(alone, Screen())
-    ended = together(processes, bench, recipe, 2, short_of_memory=which)
+    ended = together(processes, bench, recipe, 2, within=["short_of_memory", str(which)])
     assert ended["codes"] == [0, 0], ended["said"]
     assert any(line.get("out_of_memory") for line in log_of(recipe))
     ours, theirs = adapter_of(recipe), adapter_of(alone)
