@@ -154,6 +154,17 @@ def test_memory_that_is_short_in_one_process_changes_nothing_that_is_learned(ben
         assert (ours[name] - theirs[name]).norm() <= 1e-6 * theirs[name].norm().clamp_min(1e-3), name
 
 
+@pytest.mark.parametrize(("patience", "codes"), [("60", {0}), ("1", {ExitCode.INTERRUPTED})])
+def test_processes_wait_for_one_that_tokenises_longer_than_a_collective_may_take(
+    bench, processes, patience, codes
+):
+    """Five seconds instead of ten minutes. Waiting inside a collective is what ends the runs of others."""
+    recipe = bench.recipe(train={"max_steps": 1, "epochs": None})
+    ended = together(processes, bench, recipe, 2, within=["impatient", "5", "8", patience])
+    assert codes <= {*ended["codes"]}, ended["said"]
+    assert (codes == {0}) == ({*ended["codes"]} == {0})
+
+
 def test_only_the_gradient_of_the_adapter_travels(bench, processes):
     recipe = bench.recipe(train={"eval_steps": 1000})
     ended = together(processes, bench, recipe, 2)
