@@ -6,10 +6,12 @@ A line of JSON on stdin is a command, a line on stdout the answer:
     {"code": exit code, or minus the signal that ended it, "seconds": how long it took, "said": stderr}
 
 With "processes": N a command is run in N processes together, as a launcher would; "number" says which of them gets
-the signal (null: all of them), and the answer has their "codes".
+the signal (null: all of them), and the answer has their "codes". "within": ["function", argument, ...] is called
+first in each of them, with its rank before the arguments: see within.py.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -52,11 +54,13 @@ class Forker:
         after: float | None = None,
         number: int = signals.SIGKILL,
         which: int | None = None,
-        short_of_memory: int | None = None,
+        within: Sequence[str] = (),
+        launched: bool = False,
     ) -> dict[str, Any]:
         """Run it in several processes; after so many seconds send one of them, or all, a signal.
 
-        The memory of process `short_of_memory` is not enough for two rows at once.
+        `within` is a function of within.py, and its arguments, called in each of them first. When one has failed, the
+        others are asked to end, at once where they are said to be launched.
         """
         return self._asked(
             arguments=[*arguments],
@@ -64,7 +68,8 @@ class Forker:
             signal=number,
             processes=processes,
             which=which,
-            short_of_memory=short_of_memory,
+            within=[*within],
+            launched=launched,
         )
 
     def _asked(self, **asked: Any) -> dict[str, Any]:
@@ -110,7 +115,8 @@ def _answers(
     signal: int,
     processes: int,
     which: int | None,
-    short_of_memory: int | None,
+    within: list[str],
+    launched: bool,
 ) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -125,8 +131,8 @@ def _answers(
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             os.environ |= {key: str(value) for key, value in place.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            if rank == short_of_memory:
-                _lose_memory()
+            if within:
+                importlib.import_module("tests.within").__dict__[within[0]](rank, *within[1:])
             _become(arguments, heard, None)
         children.append(child)
     signals.pthread_sigmask(signals.SIG_UNBLOCK, ASKING)
@@ -135,14 +141,14 @@ def _answers(
         time.sleep(after)
         for child in children if which is None else [children[which]]:
             os.kill(child, signal)
-    ended = _all_ended(children)
+    ended = _all_ended(children, launched)
     seconds = time.perf_counter() - began
     with os.fdopen(said, encoding="utf-8") as text:
         return {"codes": [ended[child] for child in children], "seconds": seconds, "said": text.read()}
 
 
-def _all_ended(children: list[int]) -> dict[int, int]:
-    """Exit codes. As launchers do, end the others some time after one has failed: they may wait for it for ever."""
+def _all_ended(children: list[int], launched: bool) -> dict[int, int]:
+    """Exit codes. As launchers do, end the others when one has failed: they may wait for it for ever."""
     ended: dict[int, int] = {}
     failed_at = None
     while len(ended) < len(children):
@@ -152,27 +158,12 @@ def _all_ended(children: list[int]) -> dict[int, int]:
                 ended[child] = os.waitstatus_to_exitcode(status)
                 if ended[child] and failed_at is None:
                     failed_at = time.monotonic()
+                    for other in set(children) - ended.keys() if launched else ():
+                        os.kill(other, signals.SIGTERM)
             elif failed_at is not None and time.monotonic() - failed_at > GRACE:
                 os.kill(child, signals.SIGKILL)
         time.sleep(0.01)
     return ended
-
-
-def _lose_memory() -> None:
-    """From now on a backward pass over two rows is too much."""
-    import torch
-
-    from lora_cli.train import gradient
-
-    real = gradient._backward
-
-    def backward(run: Any, batch: Any, *others: Any) -> Any:
-        loss = real(run, batch, *others)
-        if len(batch.rows) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss
-
-    gradient._backward = backward
 
 
 def _answer(arguments: list[str], after: float | None, signal: int, file_bytes: int | None) -> dict[str, Any]:

@@ -146,12 +146,23 @@ def test_memory_that_is_short_in_one_process_changes_nothing_that_is_learned(ben
     recipe = bench.recipe(adapter={"dropout": 0.0}, train={"optimizer": "sgd", **how})
     alone = recipe.model_copy(update={"output": bench.recipe().output})
     train(alone, Screen())
-    ended = together(processes, bench, recipe, 2, short_of_memory=which)
+    ended = together(processes, bench, recipe, 2, within=["short_of_memory", str(which)])
     assert ended["codes"] == [0, 0], ended["said"]
     assert any(line.get("out_of_memory") for line in log_of(recipe))
     ours, theirs = adapter_of(recipe), adapter_of(alone)
     for name in theirs:
         assert (ours[name] - theirs[name]).norm() <= 1e-6 * theirs[name].norm().clamp_min(1e-3), name
+
+
+@pytest.mark.parametrize(("patience", "codes"), [("60", {0}), ("1", {ExitCode.INTERRUPTED})])
+def test_processes_wait_for_one_that_tokenises_longer_than_a_collective_may_take(
+    bench, processes, patience, codes
+):
+    """Five seconds instead of ten minutes. Waiting inside a collective is what ends the runs of others."""
+    recipe = bench.recipe(train={"max_steps": 1, "epochs": None})
+    ended = together(processes, bench, recipe, 2, within=["impatient", "5", "8", patience])
+    assert codes <= {*ended["codes"]}, ended["said"]
+    assert (codes == {0}) == ({*ended["codes"]} == {0})
 
 
 def test_only_the_gradient_of_the_adapter_travels(bench, processes):

@@ -180,6 +180,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "train.max_grad_norm": Case("adapter", 1e-3, {"train.optimizer": "sgd"}),
     "train.precision": Case("adapter", "bfloat16"),
     "train.gradient_checkpointing": Case("computed", True),
+    "train.parallel": Case("screen", "fsdp"),
     "train.seed": Case("adapter", 1),
     "train.log_steps": Case("screen", 2),
     "train.eval_steps": Case("log", 1),

@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
         ctx.scale, ctx.shape = scale, x.shape
         # A frozen A (LoRA-FA) needs no x: the largest thing that is kept.
         ctx.save_for_backward(read if ctx.needs_input_grad[4] else None, W, A, B, z)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(W))  # not -1: there may be no rows
 
     @staticmethod
     @once_differentiable

@@ -217,7 +217,8 @@ _BOTH = "set 'train.epochs' or 'train.max_steps'"
 _EVERY = "set 'train.eval_steps' or 'train.save_steps'; without them it is done at each epoch's end"
 _MASKED = "in lora this is 'data.train_on': completion masks the prompt (the default), all does not"
 _COLUMNS = "name columns in a template: data.format: {prompt: '{question}', completion: '{answer}'}"
-_DEVICES = "devices and processes are chosen on the command line: accelerate launch -m lora_cli train RECIPE"
+_DEVICES = "devices and processes are chosen on the command line: lora train RECIPE --processes N"
+_PARALLEL = "in lora this is 'train.parallel', with the value ddp or fsdp; nothing else has to be set"
 _NEVER = "a recipe cannot run code; use a model that transformers supports by itself"
 _HUB = "nothing is uploaded; use the hf command on the output folder"
 _BEST = "the best checkpoint is always kept as well; 'train.keep_checkpoints' counts the newest"
@@ -267,13 +268,18 @@ EXPLAINED = {
     "field_messages": _COLUMNS,
     "field_instruction": _COLUMNS,
     "field_output": _COLUMNS,
-    "ddp": _DEVICES,
-    "deepspeed": _DEVICES,
+    "ddp": _PARALLEL,
+    "ddp_timeout": _ALWAYS,
+    "deepspeed": "not used: 'train.parallel: fsdp' shares the base out among processes as its ZeRO-3 does",
     "device": _DEVICES,
     "device_map": _DEVICES,
     "devices": _DEVICES,
-    "fsdp": _DEVICES,
-    "fsdp_config": _DEVICES,
+    "fsdp": _PARALLEL,
+    "fsdp_config": _PARALLEL,
+    "fsdp_reshard_after_forward": _PARALLEL,
+    "fsdp_sharding_strategy": _PARALLEL,
+    "fsdp_transformer_layer_cls_to_wrap": _PARALLEL,
+    "fsdp_version": _PARALLEL,
     "local_rank": _DEVICES,
     "num_gpus": _DEVICES,
     "nproc_per_node": _DEVICES,

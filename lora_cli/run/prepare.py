@@ -129,7 +129,8 @@ def training(
         files.note_signs(language.model, plan)
     adapter = inject(language.model, plan, recipe.train.seed, statistics)
     shares = share_out(language.model, adapter, accelerator) if shared else None
-    packing = _packs(recipe, language.model)
+    with models.computing(language.model):
+        packing = _packs(recipe, language.model)
     if recipe.train.gradient_checkpointing:
         _recompute(language.model)
     language.model.train()

@@ -186,7 +186,9 @@ class Story:
             self.progress = Progress(found.loss, step, 0, step)
         else:
             self.progress.worse_in_a_row, self.progress.evaluated = self.progress.worse_in_a_row + 1, step
-        stop.unless_asked(self.show_samples)
+        if self.recipe.eval.samples:
+            stop.unless_asked(self.show_samples)
+            self.run.processes.wait()
         return improved
 
     def held_out_loss(self, stop: Stop) -> HeldOutLoss | None:
@@ -228,8 +230,8 @@ class Story:
             yield batch
 
     def show_samples(self) -> None:
-        """Generate a few answers, so that a person sees what the numbers mean."""
-        if self.recipe.eval.samples and (self.folder.writes or self.run.shares is not None):
+        """Generate a few answers, so that a person sees what the numbers mean; where it takes all of them, together."""
+        if self.folder.writes or self.run.shares is not None:
             save.show_samples(self.recipe, self.datasets, self.language, self.screen)
 
     def is_enough(self) -> bool:

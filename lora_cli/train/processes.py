@@ -56,9 +56,14 @@ class Processes:
         if self.size == 1:
             return work()
         found = work() if self.is_first_of_machine else None
-        with others_alive():
-            dist.barrier(self.patient)
+        self.wait()
         return work() if found is None else found
+
+    def wait(self) -> None:
+        """Until all are here, however long the work of one of them takes."""
+        if self.size > 1:
+            with others_alive():
+                dist.barrier(self.patient)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add tensors of one type up over the processes, in place."""
