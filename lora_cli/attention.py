@@ -5,6 +5,7 @@ read, and a row whose documents are plainly causal is cut at their borders; ever
 CPUs: on a GPU, reading the mask would wait for it.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -46,11 +47,18 @@ def attend(
     lengths = None if attention_mask is None else documents(attention_mask)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    return apart(lengths, module, query, key, value, **settings), None
+
+
+def apart(
+    lengths: Sequence[int], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any
+) -> Tensor:
+    """Causal attention over documents of these lengths, one behind the other in a row, each by itself."""
     # Not in 16 bits: PyTorch's CPU kernels for them take several times as long on short documents.
     wide = torch.promote_types(query.dtype, torch.float32)
-    each = zip(*(t.to(wide).split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    each = zip(*(t.to(wide).split(list(lengths), dim=2) for t in (query, key, value)), strict=True)
     alone = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in each]
-    return torch.cat(alone, 1).to(query.dtype), None
+    return torch.cat(alone, 1).to(query.dtype)
 
 
 def documents(mask: Tensor) -> list[int] | None:

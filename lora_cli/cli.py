@@ -168,6 +168,42 @@ def check(
     screen.result(check(loaded, screen, rows), as_json)
 
 
+@app.command()
+def estimate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="H100, H200, A100, 4090, L4, or cpu; default: what this machine would train on.",
+            metavar="NAME",
+        ),
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option("--gpus", help="Devices that share the rows of a step.", min=1, metavar="N")
+    ] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="They share the base as well, as FSDP does: each holds 1/N of it.")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine first, for a few seconds.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict memory and time of a recipe, and what would make it fit. No weights are read, nothing is trained.
+
+    The model's folder may hold config.json alone. Peaks are those of one process; a token's cost is counted by
+    rehearsing a step on tensors without numbers.
+    """
+    from lora_cli.recipe.load import check_parts, load
+
+    check_parts(loaded := load(recipe, overrides or []))
+    from lora_cli.run.estimate import estimate
+
+    screen = Screen()
+    screen.result(estimate(loaded, screen, device=device, gpus=gpus, shard=shard, measure=calibrate), as_json)
+
+
 @app.command(name="eval")
 def evaluate(
     path: Annotated[

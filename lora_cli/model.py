@@ -64,12 +64,18 @@ def load(recipe: ModelRecipe, device: torch.device | None = None) -> LanguageMod
     return with_tokens(model, tokenizer, recipe)
 
 
-def skeleton(recipe: ModelRecipe) -> PreTrainedModel:
-    """The model without its weights, on the meta device: all that a plan needs."""
+def skeleton(recipe: ModelRecipe, device: str = "meta", **settings: Any) -> PreTrainedModel:
+    """The model without its weights, on the meta device: all that a plan needs.
+
+    Args:
+        recipe: which model.
+        device: inside PyTorch's FakeTensorMode any device.
+        settings: of transformers' `from_config`, such as `dtype`.
+    """
     config = _config(recipe)
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
     except Exception as error:  # foreign files: every library that reads them fails in its own way
         raise _missing(recipe, f"config.json describes no model: {_first_line(error)}") from error
 
@@ -330,6 +336,8 @@ def _untie(model: PreTrainedModel) -> None:
 
 def _grow(model: PreTrainedModel, tokenizer: Any, tokens: tuple[str, ...]) -> tuple[int, ...]:
     """Add tokens; new rows start as the mean of the old ones. Returns their ids."""
+    if not tokens:
+        return ()
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known:
         raise UserError(f"'{known[0]}' is in the vocabulary already", where="model.add_tokens")

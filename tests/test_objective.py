@@ -278,8 +278,8 @@ def test_checkpointing_that_detaches_what_goes_into_a_block_is_noticed(bench, mo
     reentrant = partial(recompute.checkpoint, use_reentrant=True)
     monkeypatch.setattr(
         prepare,
-        "_recompute",
-        lambda model: model._set_gradient_checkpointing(gradient_checkpointing_func=reentrant),
+        "recompute",
+        lambda model, _: model._set_gradient_checkpointing(gradient_checkpointing_func=reentrant),
     )
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
         assert "nothing received a gradient" in refused(asked, ExitCode.LEARNED_NOTHING).what

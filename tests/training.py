@@ -19,10 +19,10 @@ from lora_cli.adapter import plan as plans
 from lora_cli.data.example import Batch, Example
 from lora_cli.data.pack import epoch_order, micro_batches
 from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
-from lora_cli.run.prepare import _recompute
 from lora_cli.train import loop, optim
 from lora_cli.train.loss import loss_sum
 from lora_cli.train.measure import measure
+from lora_cli.train.recompute import recompute
 from tests import tiny
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -76,8 +76,8 @@ def training(
         first = epoch_order(examples, recipe.seed, 0)[: recipe.batch_size]
         statistics = measure(init.measures, model, bases, examples, first, precision=torch.float32, pad_id=0)
     made = inject.inject(model, plan, recipe.seed, statistics)
-    if recipe.gradient_checkpointing:
-        _recompute(model)
+    if asked := recipe.gradient_checkpointing:
+        recompute(model, None if asked is True else asked)
     model.train()
     return loop.Training(
         model=model,

@@ -252,7 +252,8 @@ def _wrap(
     trains = parts.load("trainable", method.trainable.name).trains
     for key, parameter in layer.own_tensors().items():
         parameter.requires_grad_(parameter.requires_grad and trains(key))
-    return layer.to(base.module.weight.device)
+    device = base.module.weight.device
+    return layer if device.type == "cpu" else layer.to(device)  # a fake tensor cannot be moved in place
 
 
 def _base(model: nn.Module, name: str) -> Base:

@@ -85,11 +85,8 @@ def micro_batches(
         packing: join documents instead of padding them.
         pad_id: fills up; never learned, whatever other meaning the token has.
     """
-    found = [(int(row), examples[int(row)]) for row in rows]
-    found.sort(key=lambda item: -len(item[1].input_ids))
-    if packing:
-        return [_packed(group) for group in _best_fit(found, max_tokens, max_rows)]
-    return [_padded(group, pad_id) for group in _alike(found, max_tokens, max_rows)]
+    found = groups(examples, rows, max_tokens=max_tokens, max_rows=max_rows, packing=packing)
+    return [_packed(group) if packing else _padded(group, pad_id) for group in found]
 
 
 def nothing(pad_id: int) -> Batch:
@@ -100,6 +97,15 @@ def nothing(pad_id: int) -> Batch:
 
 
 Group = list[tuple[int, Example]]
+
+
+def groups(
+    examples: Documents, rows: Sequence[int], *, max_tokens: int | None, max_rows: int | None, packing: bool
+) -> list[Group]:
+    """Which examples are in a micro-batch together; for the arguments see `micro_batches`."""
+    found = [(int(row), examples[int(row)]) for row in rows]
+    found.sort(key=lambda item: -len(item[1].input_ids))
+    return (_best_fit if packing else _alike)(found, max_tokens, max_rows)
 
 
 def _alike(found: Group, max_tokens: int | None, max_rows: int | None) -> list[Group]:

@@ -421,9 +421,17 @@ class TrainRecipe(Section):
         default="auto",
         description="How the model is computed; auto: bfloat16 on GPUs that have it, else float32.",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: bool | Positive = Field(
         default=False,
-        description="Recompute activations instead of keeping them: less memory, about a third slower.",
+        description="Recompute activations instead of keeping them: less memory, about a third slower. true: in all "
+        "blocks; a number: in so many, from the bottom.",
+        examples=[12],
+    )
+    on_no_fit: Literal["adapt", "warn", "error"] = Field(
+        default="adapt",
+        description="Where the run would need more memory than is free; adapt: recompute as many blocks as it takes, "
+        "then take fewer tokens at once, which changes the speed and never what is learned; warn: say so; "
+        "error: stop before the first step.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         default=0, description="Start of every random number: init, order of rows, dropout."

@@ -24,6 +24,7 @@ from lora_cli.recipe.schema import Recipe, TrainRecipe
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
 from lora_cli.train.measure import measure
+from lora_cli.train.recompute import recompute
 from lora_cli.train.sharding import share_out
 
 MEASURED_ROWS = 32
@@ -131,8 +132,8 @@ def training(
     shares = share_out(language.model, adapter, accelerator) if shared else None
     with models.computing(language.model):
         packing = _packs(recipe, language.model)
-    if recipe.train.gradient_checkpointing:
-        _recompute(language.model)
+    if asked := recipe.train.gradient_checkpointing:
+        recompute(language.model, None if asked is True else asked)
     language.model.train()
     return Training(
         model=language.model,
@@ -200,17 +201,6 @@ def precision_of(recipe: Recipe, model: PreTrainedModel, device: torch.device) -
         return stored
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _recompute(model: PreTrainedModel) -> None:
-    """Keep no activations inside blocks; they are computed again in the backward pass."""
-    # transformers renamed the method after 5.17
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise UserError(str(error), where="train.gradient_checkpointing", code=ExitCode.MODEL) from error
 
 
 def cache_folder(run_folder: Path) -> Path:

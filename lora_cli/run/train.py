@@ -17,7 +17,7 @@ from lora_cli.errors import ExitCode, UserError
 from lora_cli.evaluate.loss import HeldOutLoss, row_sums
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import origin, prepare, save
+from lora_cli.run import fit, origin, prepare, save
 from lora_cli.run.folder import Onlooker, RunFolder
 from lora_cli.run.stop import BrokenOff, Stop, stop_signals
 from lora_cli.run.trackers import Trackers
@@ -55,7 +55,9 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
             language = prepare.load_model(recipe, accelerator)
             cache = prepare.cache_folder(folder.root)
             datasets = processes.first_alone(lambda: prepare.load_data(recipe, language.tokenizer, cache))
-            run = prepare.training(recipe, language, datasets, accelerator)
+            fitting = fit.fitted(recipe, language, datasets, accelerator.device, screen)
+            run = prepare.training(fitting.recipe, language, datasets, accelerator)
+            fitting.apply(run)
             story = Story(recipe, screen, folder, language, datasets, run, Progress())
             story.go_on() if resume else folder.cut_log(0, 0)
             if held is not None:

@@ -35,9 +35,14 @@ class Loss:
 
     def __call__(self, batch: Batch, device: torch.device) -> Tensor:
         """Float32, on the device."""
+        return self.at(batch, device, *_trained(batch, device))
+
+    def at(self, batch: Batch, device: torch.device, positions: Tensor, targets: Tensor) -> Tensor:
+        """The same where it is known which positions of the flattened batch are followed by which trained tokens."""
         if self.scale is None:
-            return loss_sum(self.model, batch, device)
-        positions, targets = _trained(batch, device)
+            with head_sees(self.model, positions):
+                logits = _forward(self.model, batch, device)
+            return F.cross_entropy(widened(logits), targets, reduction="sum")
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         with _head_reads_nothing(head) as read:

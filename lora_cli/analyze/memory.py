@@ -1,0 +1,161 @@
+"""Where the memory of a run goes, in bytes, and what could be done about it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.analyze.devices import Device
+from lora_cli.analyze.rehearse import Held, Rehearsal, Rows
+from lora_cli.recipe.schema import TrainRecipe
+
+PER_WEIGHT = {
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "float32": 4.0,
+    "int8": 1.0 + 4 / 4096,
+    "nf4": 4.127 / 8,
+}
+"""Bytes of a stored weight. int8: a float32 scale a row, of about 4,096 weights. nf4: 4 bits, and 8 for a block of 64,
+and 32 for each 256 of these. arXiv:2305.14314"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one process, in bytes."""
+
+    process: float
+    """Before it holds a tensor: libraries, and the context of a GPU."""
+    weights: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Kept for the backward pass."""
+    passing: float
+    """What is there for a moment beside them: logits, gradients of activations, a block that is computed again."""
+
+    @property
+    def peak(self) -> float:
+        """All of them."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides about the memory of a run."""
+
+    rows: Rows
+    """The largest micro-batch."""
+    several: bool
+    """Whether a step has more than one, so that gradients wait while activations are there."""
+    recomputed: int
+    """Blocks."""
+
+
+def largest(rehearsal: Rehearsal, train: TrainRecipe, steps: Sequence[Sequence[Rows]]) -> Case:
+    """The micro-batch that takes most, in a step that has others beside it if there is one."""
+    rows = max((rows for step in steps for rows in step), key=lambda rows: (rows.cells, rows.trained))
+    asked = train.gradient_checkpointing
+    recomputed = len(rehearsal.blocks) if asked is True else int(asked)
+    return Case(rows, any(len(step) > 1 for step in steps), recomputed)
+
+
+def at_most(model: PreTrainedModel, tokens: int, longest: int) -> float:
+    """Bytes that no run of a model takes, found without rehearsing: many times too many for most."""
+    weights = sum(p.numel() for p in model.parameters())
+    linear = (m.weight.shape for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    features = sum(sum(shape) for shape in linear)
+    scores = model.config.num_hidden_layers * model.config.num_attention_heads * longest
+    return 1e9 + 20 * weights + tokens * (24 * features + 12 * scores)
+
+
+def memory(rehearsal: Rehearsal, case: Case, device: Device) -> Memory:
+    """Of a run on one device."""
+    held, cost = rehearsal.held, rehearsal.cost(case.rows, case.recomputed)
+    waiting = held.gradients if case.several else 0
+    updating = held.gradients + rehearsal.update_peak - held.optimizer
+    if waiting + cost.peak < updating:  # next to no activations, as where a large model trains in full
+        return _memory(held, device, held.gradients, 0.0, updating - held.gradients)
+    return _memory(held, device, waiting, cost.kept, cost.peak - cost.kept)
+
+
+def _memory(held: Held, device: Device, gradients: float, kept: float, passing: float) -> Memory:
+    return Memory(
+        process=device.floor,
+        weights=held.weights,
+        adapter=held.adapter,
+        gradients=gradients,
+        optimizer=held.optimizer,
+        activations=device.slack * kept,
+        passing=device.slack * passing,
+    )
+
+
+def stored(found: Memory, rehearsal: Rehearsal, kind: str) -> Memory:
+    """The same with the linear layers of the blocks stored as `kind`, one of them laid out to compute with."""
+    counts = [p for block in rehearsal.blocks for p in _matrices(block)]
+    saved = sum(p.numel() * (p.element_size() - PER_WEIGHT[kind]) for p in counts)
+    largest = max((p.nbytes for p in counts), default=0)
+    return replace(found, weights=found.weights - saved, passing=found.passing + largest)
+
+
+def sharded(found: Memory, rehearsal: Rehearsal, devices: int) -> Memory:
+    """The same with the base shared out over devices; each has the block at hand, and the next, as a whole.
+
+    As in fully sharded data parallelism, arXiv:2304.11277, with the adapter whole on each.
+    """
+    largest = max((sum(p.nbytes for p in block.parameters()) for block in rehearsal.blocks), default=0)
+    return replace(found, weights=found.weights / devices + 2 * largest * (devices > 1))
+
+
+def blocks_to_recompute(rehearsal: Rehearsal, case: Case, device: Device, limit: float) -> int | None:
+    """The fewest blocks with which the run takes no more than `limit`; None where all of them are not enough."""
+
+    def peak(count: int) -> float:
+        return memory(rehearsal, replace(case, recomputed=count), device).peak
+
+    return _least(case.recomputed, len(rehearsal.blocks), lambda count: peak(count) <= limit)
+
+
+def tokens_at_once(rehearsal: Rehearsal, case: Case, device: Device, limit: float) -> Case | None:
+    """With the most tokens at once that take no more than `limit`; None where the longest row does not fit."""
+    for tokens in _halves(case.rows.cells, max(case.rows.lengths)):
+        smaller = replace(case, rows=_part(case.rows, tokens), several=True)
+        if memory(rehearsal, smaller, device).peak <= limit:
+            return smaller
+    return None
+
+
+def _halves(tokens: int, least: int) -> Iterator[int]:
+    """Half of it, half of that, ... as long as the longest row."""
+    while tokens > least:
+        tokens = max(tokens // 2, least)
+        yield tokens
+
+
+def _part(rows: Rows, tokens: int) -> Rows:
+    """A micro-batch of so many tokens of the same kind, the longest row in it."""
+    lengths = [max(rows.lengths)]
+    for length in rows.lengths[1:]:
+        if Rows((*lengths, length), 0, rows.packed).cells <= tokens:
+            lengths.append(length)
+    share = rows.trained * sum(lengths) / sum(rows.lengths)
+    return Rows(tuple(lengths), max(round(share), 1), rows.packed)
+
+
+def _least(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
+    """The smallest number between the two for which it fits, if it fits for all above."""
+    if not fits(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low
+
+
+def _matrices(block: nn.Module) -> Sequence[Tensor]:
+    """What can be stored quantised."""
+    return [p for p in block.parameters() if p.ndim == 2 and not p.requires_grad]

@@ -1,0 +1,305 @@
+"""A micro-batch of training on tensors that have a shape and no numbers: what it would hold, and what it would compute.
+
+Model, adapter, loss, recomputation and optimizer are those of `lora train`. PyTorch's FakeTensorMode runs them without
+memory or arithmetic, and a tally counts. No formula knows an architecture. What most blocks of a model do is the same,
+so one of each kind is rehearsed, and one more of each kind that there are several of: the others add as much.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lora_cli import attention, parts
+from lora_cli import model as models
+from lora_cli.adapter.inject import Adapter, inject
+from lora_cli.adapter.plan import Plan
+from lora_cli.analyze.tally import Tally, Work, aten
+from lora_cli.data.example import Batch
+from lora_cli.model import LanguageModel
+from lora_cli.recipe.schema import Recipe
+from lora_cli.train import optim
+from lora_cli.train.loss import Loss
+from lora_cli.train.recompute import blocks, recompute
+
+NAME = "lora_rehearsed"
+BENDING = {aten.tanh, aten.clamp, aten.sigmoid}
+"""What models do to their logits that is no multiplication."""
+CPU = torch.device("cpu")
+"""Fake tensors are on the CPU whatever the run is to be on: what is kept does not depend on it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a micro-batch is made of."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
+    trained: int
+    """Tokens that are learned."""
+    packed: bool
+    """One behind the other in a row, or padded to the longest."""
+
+    @property
+    def cells(self) -> int:
+        """Tokens computed, padding included."""
+        return sum(self.lengths) if self.packed else max(self.lengths) * len(self.lengths)
+
+    @property
+    def pairs(self) -> int:
+        """Σ length², which the cost of attention goes by."""
+        lengths = self.lengths if self.packed else [max(self.lengths)] * len(self.lengths)
+        return sum(length**2 for length in lengths)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that are there between steps, and the gradients that a step collects."""
+
+    weights: int
+    """The model's own, frozen or not."""
+    adapter: int
+    """Masters of what is trained, and what comes with them."""
+    gradients: int
+    optimizer: int
+
+    @property
+    def always(self) -> int:
+        """All but the gradients."""
+        return self.weights + self.adapter + self.optimizer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one micro-batch."""
+
+    kept: float
+    """Bytes of activations that wait for the backward pass."""
+    peak: float
+    """Bytes at the highest point, without what is held."""
+    head: float
+    """Bytes that the output head has for itself for a moment, logits above all; they may be part of the peak."""
+    work: dict[str, Work] = field(default_factory=dict[str, Work])
+    """Stage (blocks, head) -> what is computed."""
+
+    def plus(self, other: "Cost", times: float) -> "Cost":
+        """With so many times another one on top."""
+        return Cost(
+            self.kept + times * other.kept,
+            self.peak + times * other.peak,
+            self.head,
+            {stage: work + other.work[stage] * times for stage, work in self.work.items()},
+        )
+
+
+@contextmanager
+def rehearsal(
+    recipe: Recipe,
+    plan_for: Callable[[LanguageModel], Plan],
+    *,
+    tokenizer: Any = None,
+    stored: torch.dtype,
+    precision: torch.dtype,
+) -> Iterator["Rehearsal"]:
+    """Everything that training needs, without weights; nothing is read but the model's configuration.
+
+    Args:
+        recipe: what to do.
+        plan_for: the plan of a model.
+        tokenizer: the model's; only needed where the recipe adds tokens.
+        stored: the type of the base's weights.
+        precision: what the model computes in.
+    """
+    eager = {"attn_implementation": "eager"} if recipe.model.attention == "eager" else {}
+    tally = Tally()
+    with FakeTensorMode(), tally:
+        model = models.skeleton(recipe.model, "cpu", dtype=stored, **eager)
+        language = models.with_tokens(model, tokenizer, recipe.model)
+        plan = plan_for(language)
+        adapter = inject(model, plan, recipe.train.seed, _statistics(plan))
+        model.train()
+        yield Rehearsal(model, adapter, optim.make(adapter, recipe.train), precision, tally)
+
+
+def _statistics(plan: Plan) -> dict[str, Tensor]:
+    """What an init would have measured."""
+    kind = getattr(parts.load("init", plan.method.init.name), "measures", None)
+    rows = {spec.name: spec.in_features if kind == "inputs" else spec.out_features for spec in plan.layers}
+    return {spec.name: torch.empty(rows[spec.name], spec.in_features) for spec in plan.layers} if kind else {}
+
+
+@dataclass
+class Rehearsal:
+    """A model about to take steps that cost nothing; only inside `rehearsal`."""
+
+    model: PreTrainedModel
+    adapter: Adapter
+    optimizer: Optimizer
+    precision: torch.dtype
+    tally: Tally
+
+    def __post_init__(self) -> None:
+        """Take the first update, so that gradients and the optimizer's memory are there."""
+        own = {id(p): p for p in self.model.parameters()} | {
+            id(p): p for p in self.adapter.originals.values()
+        }
+        tensors = {id(p) for p in self.adapter.named_tensors().values()}
+        weights = sum(p.nbytes for key, p in own.items() if key not in tensors)
+        adapter = self.tally.live - weights
+        trained = list(self.adapter.trainable().values())
+        for p in trained:
+            p.grad = torch.empty_like(p)
+        gradients = sum(p.nbytes for p in trained)
+        before, self.tally.peak = self.tally.live, self.tally.live
+        self.tally.stage = "update"
+        self.optimizer.step()
+        self.update = self.tally.work.pop("update")
+        self.update_peak = self.tally.peak - before
+        """Bytes that an update takes for a moment, and those that stay."""
+        self.held = Held(weights, adapter, gradients, self.tally.live - before)
+        self.blocks = blocks(self.model)
+        self.loss = Loss(self.model, 1.0 if self._multiplies_logits() else None)
+
+    def cost(self, rows: Rows, recomputed: int = 0) -> Cost:
+        """Of a micro-batch, where so many blocks are computed again, from the bottom."""
+        if recomputed:
+            recompute(self.model, recomputed)
+        try:
+            kinds = self._kinds(rows, recomputed)
+            first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+            total = once = self._run(rows, sorted(first.values()))
+            for kind, count in Counter(kinds).items():
+                if count > 1:
+                    second = kinds.index(kind, first[kind] + 1)
+                    more = self._run(rows, sorted([*first.values(), second]))
+                    total = total.plus(more.plus(once, -1), count - 1)
+            return total
+        finally:
+            if recomputed:
+                for block in self.blocks:
+                    block.gradient_checkpointing = False
+
+    def _kinds(self, rows: Rows, recomputed: int) -> list[Any]:
+        """For each block what its cost depends on."""
+        types = getattr(self.model.config, "layer_types", None) or [None] * len(self.blocks)
+        trains = any(p.requires_grad for p in models.end_modules(self.model)[0].parameters())
+        found: list[Any] = []
+        for index, block in enumerate(self.blocks):
+            parameters = tuple(
+                (n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()
+            )
+            own = any(p.requires_grad for p in block.parameters())
+            # Below the first trained tensor nothing is kept; where the gradient ends, one product less is computed.
+            found.append((parameters, types[index], trains, own, index < recomputed))
+            trains = trains or own
+        return found
+
+    @contextmanager
+    def _only(self, chosen: Sequence[int]) -> Iterator[None]:
+        """The model with these of its blocks."""
+        inside = {id(self.blocks[index]) for index in chosen}
+        parents = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and any(each in self.blocks for each in module)
+        }
+        config, types = self.model.config, getattr(self.model.config, "layer_types", None)
+        count = config.num_hidden_layers
+        for name, parent in parents.items():
+            self.model.set_submodule(name, nn.ModuleList(each for each in parent if id(each) in inside))
+        config.num_hidden_layers = len(chosen)
+        if types is not None:
+            config.layer_types = [types[index] for index in chosen]
+        try:
+            yield
+        finally:
+            for name, parent in parents.items():
+                self.model.set_submodule(name, parent)
+            config.num_hidden_layers = count
+            if types is not None:
+                config.layer_types = types
+
+    def _run(self, rows: Rows, chosen: Sequence[int]) -> Cost:
+        """Forward and backward of one micro-batch through these blocks."""
+        tally = self.tally
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(self._enter_head)
+        tally.work.clear()
+        tally.stage, before = "blocks", tally.live
+        try:
+            with self._only(chosen), self._attention(rows):
+                tally.peak = tally.live
+                with models.computing(self.model, self.precision):
+                    loss = self.loss.at(_batch(rows), CPU, *(torch.zeros(2, rows.trained, dtype=torch.int64)))
+                head, kept = tally.peak - self.entered, tally.live - before
+                tally.stage = "blocks"
+                loss.backward()
+        finally:
+            handle.remove()
+        return Cost(
+            kept, tally.peak - before, head, {stage: tally.work[stage] for stage in ("blocks", "head")}
+        )
+
+    def _enter_head(self, *_: object) -> None:
+        self.entered = self.tally.live
+        self.tally.stage = "head"
+
+    @contextmanager
+    def _attention(self, rows: Rows) -> Iterator[None]:
+        """Let documents see what they see in training, where transformers decides by numbers that are not there."""
+        before = self.model.config._attn_implementation
+        together = rows.packed and len(rows.lengths) > 1
+        alike = len(set(rows.lengths)) == 1 and not together
+        if before == "eager" or not (together or alike):
+            yield
+            return
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            window = settings.get("sliding_window")
+            if alike or (window and max(rows.lengths) > window):
+                return sdpa_attention_forward(module, query, key, value, mask, **settings)
+            return attention.apart(rows.lengths, module, query, key, value, **settings), None
+
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, _no_mask if alike else sdpa_mask)
+        self.model.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def _multiplies_logits(self) -> bool:
+        """Whether the model does nothing to its logits but multiply them, and its head does not train."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+            return False
+        seen: list[Any] = []
+        handle = head.register_forward_hook(lambda *_: seen.append(len(self.tally.seen)))
+        self.tally.seen = []
+        try:
+            with self._only([]), torch.no_grad():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+            return not BENDING & set(self.tally.seen[seen[0] :])
+        finally:
+            handle.remove()
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """What is causal and nothing else needs none."""
+
+
+def _batch(rows: Rows) -> Batch:
+    """The tensors that training would give the model."""
+    shape = (1, rows.cells) if rows.packed else (len(rows.lengths), max(rows.lengths))
+    ids = torch.zeros(shape, dtype=torch.int64)
+    return Batch(ids, ids, ids, None if rows.packed else ids, ())

@@ -1,0 +1,157 @@
+"""What operations hold and compute while they run: bytes alive, floating-point operations, bytes moved, launches.
+
+Sees every operation of PyTorch's that is called within it, on real tensors or on fake ones.
+"""
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+LOOKUPS = {aten.embedding, aten.index_select, aten.gather, aten.index, aten.scatter_add_, aten.index_copy}
+"""They read as much as they write, not all of what they are given."""
+FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.detach, aten.alias}
+"""They touch no memory."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a device has to do."""
+
+    products: float = 0.0
+    """Floating-point operations of matrix products, two for a multiplication with its addition."""
+    attention: float = 0.0
+    """The same within attention; of what is causal, only what is computed."""
+    moved: float = 0.0
+    """Bytes that everything else reads and writes."""
+    launches: float = 0.0
+    """Operations, whatever their size."""
+
+    def __add__(self, other: "Work") -> "Work":
+        """One after the other."""
+        return Work(*(a + b for a, b in zip(self.numbers, other.numbers, strict=True)))
+
+    def __sub__(self, other: "Work") -> "Work":
+        """Without the other."""
+        return self + other * -1
+
+    def __mul__(self, times: float) -> "Work":
+        """So many times."""
+        return Work(*(each * times for each in self.numbers))
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """In order."""
+        return self.products, self.attention, self.moved, self.launches
+
+    @property
+    def flops(self) -> float:
+        """Of both kinds."""
+        return self.products + self.attention
+
+
+class Tally(TorchDispatchMode):
+    """Counts as long as it is entered."""
+
+    def __init__(self) -> None:
+        """Nothing is alive, nothing was done."""
+        super().__init__()
+        self.live = self.peak = 0
+        self.work: dict[str, Work] = defaultdict(Work)
+        """Stage -> what was done in it."""
+        self.stage = ""
+        self.known: dict[int, int] = {}
+        """Storage -> its bytes."""
+        self.seen: list[Any] = []
+        """Operations, in order."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let it run, then count."""
+        kwargs = kwargs or {}
+        made = operation(*args, **kwargs)
+        self.seen.append(operation._overloadpacket)
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        got = [each for each in tree_leaves(made) if isinstance(each, Tensor)]
+        for tensor in got:
+            self._hold(tensor.untyped_storage())
+        done = _work(operation, args, kwargs, made, given, got)
+        if done is not None:
+            self.work[self.stage] += done
+        return made
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._let_go, key).atexit = False
+
+    def _let_go(self, key: int) -> None:
+        self.live -= self.known.pop(key)
+
+
+def _work(
+    operation: Any, args: Any, kwargs: Any, made: Any, given: list[Tensor], got: list[Tensor]
+) -> Work | None:
+    """Of one operation; None of one that only looks at its tensors in another way."""
+    packet = operation._overloadpacket
+    if packet in FREE or _is_view(operation, given, got):
+        return None
+    if packet in ATTENTION:
+        return Work(attention=ATTENTION[packet](operation, args, kwargs), launches=1)
+    if packet in flop_registry:
+        flops = flop_registry[packet](*args, **kwargs, out_val=made)
+        return Work(attention=flops, launches=1) if packet is aten.bmm else Work(products=flops, launches=1)
+    read = sum(_bytes(tensor) for tensor in (got if packet in LOOKUPS else given))
+    return Work(moved=read + sum(_bytes(tensor) for tensor in got), launches=1)
+
+
+def _is_view(operation: Any, given: list[Tensor], got: list[Tensor]) -> bool:
+    if operation._schema.is_mutable:
+        return False
+    sources = {tensor.untyped_storage()._cdata for tensor in given}
+    return all(tensor.untyped_storage()._cdata in sources for tensor in got)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """As much as there is to read: what is expanded is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _attention(backward: bool) -> Any:
+    """Scores and values, 2 products of s × s × width a head, half of them where causal; backward 2.5 times that.
+
+    That backward computes the scores again is what flash attention does. arXiv:2205.14135
+    """
+
+    def flops(operation: Any, args: Any, kwargs: Any) -> float:
+        named = {
+            argument.name: value for argument, value in zip(operation._schema.arguments, args, strict=False)
+        }
+        named |= kwargs
+        query, key = named["query"], named["key"]
+        pairs = query.shape[-2] * key.shape[-2] / (2 if named.get("is_causal") else 1)
+        return (2.5 if backward else 1.0) * 4 * math.prod(query.shape[:-2]) * pairs * query.shape[-1]
+
+    return flops
+
+
+def _kernels() -> Iterator[tuple[Any, Any]]:
+    """The attention kernels that `scaled_dot_product_attention` picks from."""
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+        yield getattr(aten, f"_scaled_dot_product_{kind}"), _attention(backward=False)
+        yield getattr(aten, f"_scaled_dot_product_{kind}_backward"), _attention(backward=True)
+
+
+ATTENTION = dict(_kernels())

@@ -1,0 +1,337 @@
+"""`lora estimate`: what a run would cost, before it is paid. No weights are read, nothing is trained."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_cli import attention
+from lora_cli import model as models
+from lora_cli.analyze import calibrate, devices
+from lora_cli.analyze.devices import Device
+from lora_cli.analyze.duration import Rates, computed_pairs, seconds
+from lora_cli.analyze.memory import (
+    Case,
+    Memory,
+    blocks_to_recompute,
+    largest,
+    memory,
+    sharded,
+    stored,
+    tokens_at_once,
+)
+from lora_cli.analyze.rehearse import Rehearsal, Rows, rehearsal
+from lora_cli.analyze.steps import Documents, steps_of
+from lora_cli.analyze.tally import Work
+from lora_cli.data.pack import epoch_order
+from lora_cli.errors import UserError
+from lora_cli.recipe.load import Loaded
+from lora_cli.recipe.schema import Recipe
+from lora_cli.run import prepare
+from lora_cli.screen import Screen, duration, size
+from lora_cli.train.gradient import token_budget
+
+LINKS = 25e9
+"""Bytes/s between two devices: of PCIe 4. NVLink has more."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of the rows."""
+
+    documents: Documents
+    order: Sequence[int]
+    steps: int | None
+    """Of the whole run; None where nobody knows how many rows there are."""
+    read: bool
+    """Whether these are the recipe's rows, or stand for them."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run goes."""
+
+    tokens_per_second: float
+    seconds: float | None
+    """Of the whole run."""
+    flops_per_token: float
+    of_products: float
+    """Share of the device's rate of matrix products."""
+
+
+def estimate(
+    loaded: Loaded, screen: Screen, *, device: str | None, gpus: int, shard: bool, measure: bool
+) -> dict[str, Any]:
+    """Predict memory and time of a recipe, show them, and return them.
+
+    Args:
+        loaded: the recipe.
+        screen: shows it.
+        device: a name of `devices.GPUS`, `cpu`, or None for what this machine would train on.
+        gpus: devices that share the rows of a step.
+        shard: whether they share the base as well.
+        measure: this machine, for a few seconds.
+
+    Raises:
+        UserError: the recipe, the model's configuration or the data are wrong.
+    """
+    recipe = loaded.recipe
+    prepare.check_method(recipe)
+    kind, target = _target(device, measure)
+    data, tokenizer = _data(recipe)
+    if measure:
+        shapes = calibrate.shapes_of(models.skeleton(recipe.model))
+        target = calibrate.calibrated(shapes, kind, _name(_precision(recipe, kind)), token_budget(kind))
+    with _rehearsed(recipe, tokenizer, kind) as rehearsed:
+        steps = _steps(rehearsed, data, recipe, kind, gpus)
+        case = largest(rehearsed, recipe.train, steps)
+        found = memory(rehearsed, case, target)
+        found = sharded(found, rehearsed, gpus) if shard else found
+        pace = _pace(rehearsed, case, data, steps, target, gpus, shard)
+        other = _changes(rehearsed, case, target) if found.peak > target.memory else []
+        report = {
+            "device": target.name,
+            "gpus": gpus,
+            "sharded": shard,
+            "rows": "the recipe's" if data.read else "of data.max_length tokens, all learned",
+            "micro_batch": {"tokens": case.rows.cells, "documents": len(case.rows.lengths)},
+            "recomputed_blocks": case.recomputed,
+            "memory": {
+                **{key: round(value) for key, value in vars(found).items()},
+                "peak": round(found.peak),
+            },
+            "device_memory": round(target.memory),
+            "fits": found.peak <= target.memory,
+            "peaks": {key: round(value) for key, value in _peaks(rehearsed, case, target).items()},
+            "pace": asdict(pace) if pace else None,
+            "changes": [{"change": key, "peak": round(value)} for key, value in other],
+        }
+    show(report, recipe, screen)
+    return report
+
+
+def _target(name: str | None, measure: bool) -> tuple[torch.device, Device]:
+    """Where the run would be, and what that can do.
+
+    Raises:
+        UserError: another device is to be measured than there is.
+    """
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        return here, devices.of_machine(here)
+    if name == "cpu":
+        return torch.device("cpu"), devices.this_cpu()
+    if measure:
+        what, fix = "only this machine can be measured", "leave --device or --calibrate out"
+        raise UserError(what, where=f"--device {name}", fix=fix)
+    return torch.device("cuda"), devices.named(name)
+
+
+def _data(recipe: Recipe) -> tuple[Data, Any]:
+    """The recipe's rows as training would read them; where the model has no tokenizer, rows as long as they may be."""
+    if not _has_tokenizer(recipe):
+        if recipe.model.add_tokens:
+            models.load_tokenizer(recipe.model)  # says what is missing
+        rows = recipe.train.batch_size
+        lengths = np.full(rows, recipe.data.max_length)
+        return Data(Documents(lengths, lengths - 1), range(rows), recipe.train.max_steps, read=False), None
+    tokenizer = models.load_tokenizer(recipe.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(str(recipe.output.dir))
+        cache = prepare.cache_folder(folder if folder.exists() else Path(scratch))
+        examples = prepare.load_data(recipe, tokenizer, cache).train
+        order = epoch_order(examples, recipe.train.seed, 0)
+        documents = Documents(np.array(examples.lengths), np.array(examples.trained_counts))
+    epochs = (recipe.train.epochs or 1) * -(-len(order) // recipe.train.batch_size)
+    return Data(documents, order, recipe.train.max_steps or int(np.ceil(epochs)), read=True), tokenizer
+
+
+def _has_tokenizer(recipe: Recipe) -> bool:
+    """An id on the Hub has one; a folder may hold the configuration alone."""
+    folder = Path(recipe.model.name)
+    return not folder.is_dir() or any(folder.glob("token*")) or any(folder.glob("vocab*"))
+
+
+@contextmanager
+def _rehearsed(recipe: Recipe, tokenizer: Any, device: torch.device) -> Iterator[Rehearsal]:
+    """The run in the types that it would have on the device."""
+    with rehearsal(
+        recipe,
+        lambda language: prepare.plan_for(recipe, language),
+        tokenizer=tokenizer if recipe.model.add_tokens else None,
+        stored=_stored(recipe, device),
+        precision=_precision(recipe, device),
+    ) as rehearsed:
+        yield rehearsed
+
+
+def _stored(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """As `models.stored_dtype`, also of GPUs that are elsewhere: those of the table have bfloat16."""
+    if recipe.model.dtype == "auto" and device.type == "cuda":
+        return torch.bfloat16
+    return models.stored_dtype(recipe.model, device)
+
+
+def _precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """As `prepare.precision_of`, of a model that is not there."""
+    asked, stored_as = recipe.train.precision, _stored(recipe, device)
+    if asked != "auto" or (stored_as is torch.float32 and device.type == "cuda"):
+        return models.DTYPES[asked if asked != "auto" else "bfloat16"]
+    return stored_as
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _steps(
+    rehearsed: Rehearsal, data: Data, recipe: Recipe, device: torch.device, processes: int
+) -> list[list[Rows]]:
+    """Micro-batches of some steps."""
+    packing, model = recipe.data.packing, rehearsed.model
+    if packing == "auto":
+        packing = (
+            attention.skips(model) if device.type == "cpu" else recipe.model.attention == "flash_attention_2"
+        )
+    return steps_of(
+        data.documents,
+        data.order,
+        recipe.train,
+        packing=packing,
+        budget=token_budget(device),
+        processes=processes,
+    )
+
+
+def _pace(
+    rehearsed: Rehearsal,
+    case: Case,
+    data: Data,
+    steps: list[list[Rows]],
+    device: Device,
+    gpus: int,
+    shard: bool,
+) -> Pace | None:
+    """Tokens a second over all devices; None of a device that nobody has measured."""
+    kind = _name(rehearsed.precision)
+    if device.rate(kind) == 0:
+        return None
+    rates = Rates.of(rehearsed.cost(case.rows, case.recomputed), case.rows)
+    taken, work, tokens = 0.0, Work(), 0
+    for step in steps:
+        for rows in step:
+            done = rates.work(rows)
+            taken += seconds(done, device, kind, computed_pairs(device, rows.lengths))
+            work, tokens = work + done, tokens + sum(rows.lengths)
+        taken += seconds(rehearsed.update, device, kind)
+        taken += _sent(rehearsed, len(step), gpus, shard) / LINKS
+    # A step of all devices takes as long as that of one, which has its share of the rows.
+    return Pace(
+        tokens_per_second=gpus * tokens / taken,
+        seconds=None if data.steps is None else data.steps * taken / len(steps),
+        flops_per_token=work.flops / tokens,
+        of_products=work.flops / taken / device.rate(kind),
+    )
+
+
+def _sent(rehearsed: Rehearsal, batches: int, gpus: int, shard: bool) -> float:
+    """Bytes that a device sends in a step: the gradient once; of a shared base the weights twice a micro-batch."""
+    share = (gpus - 1) / gpus
+    base = 2 * batches * rehearsed.held.weights * share if shard else 0.0
+    return 2 * rehearsed.held.gradients * share + base
+
+
+def _peaks(rehearsed: Rehearsal, case: Case, device: Device) -> dict[str, float]:
+    """What the choices that change memory would make of it."""
+    now = memory(rehearsed, case, device)
+    everything = memory(rehearsed, replace(case, recomputed=len(rehearsed.blocks)), device)
+    found = {"recompute nothing": memory(rehearsed, replace(case, recomputed=0), device).peak}
+    found["recompute all blocks"] = everything.peak
+    for kind in ("int8", "nf4"):
+        found[f"base in {kind}"] = stored(now, rehearsed, kind).peak
+    found["base in nf4, recompute all blocks"] = stored(everything, rehearsed, "nf4").peak
+    for count in (2, 4, 8):
+        found[f"base shared by {count} devices"] = sharded(now, rehearsed, count).peak
+    return found
+
+
+def _changes(rehearsed: Rehearsal, case: Case, device: Device) -> list[tuple[str, float]]:
+    """What would make it fit, the cheapest first; each by itself."""
+    limit, found = device.memory, []
+    blocks = blocks_to_recompute(rehearsed, case, device, limit)
+    if blocks is not None:
+        peak = memory(rehearsed, replace(case, recomputed=blocks), device).peak
+        found.append((f"train.gradient_checkpointing: {blocks} (of {len(rehearsed.blocks)} blocks)", peak))
+    smaller = tokens_at_once(rehearsed, case, device, limit)
+    if smaller is not None:
+        peak = memory(rehearsed, smaller, device).peak
+        found.append((f"{smaller.rows.cells:,} tokens at once, by train.micro_batch_size", peak))
+    found += [(what, peak) for what, peak in _peaks(rehearsed, case, device).items() if peak <= limit]
+    return found
+
+
+MEANING = {
+    "process": "libraries, or the context of a GPU",
+    "weights": "of the model, as they are stored",
+    "adapter": "what trains, in float32",
+    "gradients": "that wait for the other micro-batches of a step",
+    "optimizer": "its memory of what trains",
+    "activations": "kept for the backward pass",
+    "passing": "logits, gradients of activations, blocks computed again",
+}
+
+
+def show(report: dict[str, Any], recipe: Recipe, screen: Screen) -> None:
+    """Where the memory goes, what would change it, and how long it takes."""
+    gpus, batch = report["gpus"], report["micro_batch"]
+    where = f"{gpus} × {report['device']}" if gpus > 1 else report["device"]
+    screen.heading(f"{recipe.model.name} on {where}, predicted")
+    found = report["memory"]
+    rows = [(key, _gigabytes(found[key]), meaning) for key, meaning in MEANING.items()]
+    screen.table(["memory", "GiB", ""], [*rows, ("peak", _gigabytes(found["peak"]), _verdict(report))])
+    screen.note(
+        f"with {batch['tokens']:,} tokens at once in {batch['documents']} documents ({report['rows']}), "
+        f"{report['recomputed_blocks']} blocks recomputed"
+    )
+    screen.heading("peak with other choices")
+    limit = report["device_memory"]
+    other = [
+        (what, _gigabytes(peak), "" if peak <= limit else "too much")
+        for what, peak in report["peaks"].items()
+    ]
+    screen.table(["", "GiB", ""], other)
+    _show_pace(report, screen)
+    if not report["fits"]:
+        screen.heading("to make it fit, one of")
+        lines = [f"  {each['change']}: {_gigabytes(each['peak']):.2f} GiB" for each in report["changes"]]
+        for line in lines or ["  nothing above is enough: a smaller data.max_length, or a smaller model"]:
+            screen.note(line)
+
+
+def _show_pace(report: dict[str, Any], screen: Screen) -> None:
+    pace = report["pace"]
+    screen.heading("time")
+    if pace is None:
+        screen.note(
+            "nobody has measured this machine: --calibrate does, in a few seconds; or name a GPU, --device H100"
+        )
+        return
+    whole = "" if pace["seconds"] is None else f", {duration(pace['seconds'])} for the run"
+    screen.note(
+        f"{pace['tokens_per_second']:,.0f} tokens/s{whole}; {size(pace['flops_per_token'])}FLOP a token, "
+        f"at {pace['of_products']:.0%} of what products alone would reach"
+    )
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    of = f"of {_gigabytes(report['device_memory']):.0f} GiB"
+    return f"{of}: fits" if report["fits"] else f"{of}: DOES NOT FIT"
+
+
+def _gigabytes(count: float) -> float:
+    return round(count / 2**30, 3)

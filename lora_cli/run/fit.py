@@ -1,0 +1,127 @@
+"""Whether a run fits in the memory that is free, asked before the first step; and what is done where it does not."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import psutil
+import torch
+
+from lora_cli import attention
+from lora_cli import model as models
+from lora_cli.analyze import devices
+from lora_cli.analyze.devices import Device
+from lora_cli.analyze.memory import Case, at_most, blocks_to_recompute, largest, memory, tokens_at_once
+from lora_cli.analyze.rehearse import Rehearsal, rehearsal
+from lora_cli.analyze.steps import Documents, steps_of
+from lora_cli.data.load import Datasets
+from lora_cli.data.pack import epoch_order
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.model import LanguageModel
+from lora_cli.recipe.schema import Recipe
+from lora_cli.run import prepare
+from lora_cli.screen import Screen, size
+from lora_cli.train.loop import Training, token_budget
+
+MARGIN = 0.95
+"""Share of the free memory that a run is given: other programs take some, too."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A recipe that fits, and how much of a step is computed at once."""
+
+    recipe: Recipe
+    """Differs from the one that was asked for in what never changes what is learned."""
+    max_tokens: int | None = None
+    """At once; None: as the recipe says."""
+
+    def apply(self, run: Training) -> None:
+        """Let a run take so much at once, in all processes what fits in each."""
+        if self.max_tokens is not None and run.max_tokens is not None:
+            run.max_tokens = self.max_tokens
+        run.shrink_alike()
+
+
+def fitted(
+    recipe: Recipe, language: LanguageModel, datasets: Datasets, device: torch.device, screen: Screen
+) -> Fitting:
+    """Do what `train.on_no_fit` says where the run would need more memory than is free.
+
+    Nothing is rehearsed where a plain bound says that there is plenty.
+
+    Raises:
+        UserError: it does not fit, and is not to be tried, or cannot be made to.
+    """
+    limit, examples = MARGIN * (devices.free_memory(device) + _taken(device)), datasets.train
+    longest = int(examples.lengths.max())
+    if at_most(language.model, max(longest, _at_once(recipe, device, longest)), longest) < limit:
+        return Fitting(recipe)
+    documents = Documents(np.asarray(examples.lengths), np.asarray(examples.trained_counts))
+    target, packing = devices.of_machine(device), recipe.data.packing
+    packing = attention.skips(language.model) if packing == "auto" else packing
+    steps = steps_of(
+        documents,
+        epoch_order(examples, recipe.train.seed, 0),
+        recipe.train,
+        packing=packing,
+        budget=token_budget(device),
+    )
+    with rehearsal(
+        recipe,
+        lambda made: prepare.plan_for(recipe, made),
+        tokenizer=models.load_tokenizer(recipe.model) if recipe.model.add_tokens else None,
+        stored=models.stored_dtype(recipe.model, device),
+        precision=prepare.precision_of(recipe, language.model, device),
+    ) as rehearsed:
+        case = largest(rehearsed, recipe.train, steps)
+        peak = memory(rehearsed, case, target).peak
+        if peak <= limit:
+            return Fitting(recipe)
+        needs = f"the run needs about {size(peak, 1024)}B of memory, {size(limit, 1024)}B are free"
+        if recipe.train.on_no_fit == "warn":
+            screen.warn(needs)
+            return Fitting(recipe)
+        smaller = _smaller(rehearsed, case, target, limit)
+    if recipe.train.on_no_fit == "error" or smaller is None:
+        raise UserError(
+            needs if smaller else f"{needs}; recomputing all blocks, one row at once, is not enough",
+            where="train.on_no_fit",
+            fix=_advice(smaller),
+            code=ExitCode.OUT_OF_MEMORY,
+        )
+    screen.warn(f"{needs}: {_advice(smaller)}, which is slower and learns the same")
+    return _adapted(recipe, smaller)
+
+
+def _taken(device: torch.device) -> float:
+    """Bytes that this process has already of what it will need."""
+    if device.type == "cuda":
+        return devices.of_machine(device).floor + torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _at_once(recipe: Recipe, device: torch.device, longest: int) -> int:
+    """Most cells of a micro-batch."""
+    rows = recipe.train.micro_batch_size
+    return token_budget(device) if rows == "auto" else min(rows, recipe.train.batch_size) * longest
+
+
+def _smaller(rehearsed: Rehearsal, case: Case, device: Device, limit: float) -> Case | None:
+    """As few blocks recomputed as it takes; all of them, and fewer tokens at once, where that is not enough."""
+    blocks = blocks_to_recompute(rehearsed, case, device, limit)
+    if blocks is not None:
+        return replace(case, recomputed=blocks)
+    return tokens_at_once(rehearsed, replace(case, recomputed=len(rehearsed.blocks)), device, limit)
+
+
+def _advice(smaller: Case | None) -> str:
+    if smaller is None:
+        return "a smaller data.max_length, a smaller model, or train.on_no_fit: warn to try all the same"
+    return f"train.gradient_checkpointing: {smaller.recomputed}, {smaller.rows.cells:,} tokens at once"
+
+
+def _adapted(recipe: Recipe, smaller: Case) -> Fitting:
+    train = recipe.train.model_copy(update={"gradient_checkpointing": smaller.recomputed or False})
+    if train.micro_batch_size != "auto":
+        train = train.model_copy(update={"micro_batch_size": len(smaller.rows.lengths)})
+    return Fitting(recipe.model_copy(update={"train": train}), smaller.rows.cells)

@@ -1,0 +1,37 @@
+"""Which blocks keep no activations: they are computed again in the backward pass. arXiv:1604.06174"""
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_cli.errors import ExitCode, UserError
+
+
+def blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The blocks of a model that can be computed again, from the bottom."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recompute(model: PreTrainedModel, count: int | None = None) -> None:
+    """Compute so many blocks again, from the bottom; default: all.
+
+    From the bottom, because what is computed again there is held only when what the blocks above have kept is gone.
+
+    Raises:
+        UserError: the model cannot, or has fewer blocks.
+    """
+    # transformers renamed the method after 5.17
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(str(error), where="train.gradient_checkpointing", code=ExitCode.MODEL) from error
+    if count is None:
+        return
+    found = blocks(model)
+    if count > len(found):
+        what, fix = f"{count} blocks are to be computed again, the model has {len(found)}", "true means all"
+        raise UserError(what, where="train.gradient_checkpointing", fix=fix, code=ExitCode.MODEL)
+    for block in found[count:]:
+        block.gradient_checkpointing = False
