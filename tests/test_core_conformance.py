@@ -35,6 +35,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """Settings of deltas whose own are for larger layers."""
 KINDS = ("linear", "conv1d", "embedding", "conv2d", "conv3d")
+BASES = {"conv2d": "convolution", "conv3d": "convolution"}
+"""Kinds of layers that one file is for."""
 DTYPES = (torch.float32, torch.bfloat16)
 ALL = [name for name in parts.names("delta") if name not in ("whole", "none")]
 DELTAS = [name for name in ALL if getattr(parts.load("delta", name).make, "mergeable", True)]
@@ -59,7 +61,7 @@ def module_of(kind: str, dtype: torch.dtype) -> nn.Module:
 def base_of(kind: str, dtype: torch.dtype) -> Base:
     view = view_of(module_of(kind, dtype))
     assert view is not None
-    assert view[0] == kind
+    assert view[0] == BASES.get(kind, kind)
     return view[1]
 
 
@@ -121,7 +123,7 @@ def tolerance(dtype: torch.dtype, size: float = 5.0) -> dict[str, float]:
 
 def fits(axis: str, name: str, kind: str) -> bool:
     """Whether the part's file takes this kind of base."""
-    return f"base.{kind}" not in rules.stated("forbids", axis, Part(name))
+    return f"base.{BASES.get(kind, kind)}" not in rules.stated("forbids", axis, Part(name))
 
 
 def on_layers(axis: str, names: Iterable[str]) -> pytest.MarkDecorator:

@@ -16,7 +16,7 @@ needs = {
 }
 forbids = {
     "base.embedding": "its input are ids, which cannot be turned",
-    **dict.fromkeys(("base.conv2d", "base.conv3d"), "it would have to turn every patch of the input"),
+    "base.convolution": "it would have to turn every patch of the input",
     "lora_bias": "there is no B·A to add it to",
 }
 

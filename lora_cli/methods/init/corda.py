@@ -16,7 +16,7 @@ from lora_cli.recipe.schema import Section
 
 forbids = {
     "base.embedding": "its inputs are token ids, of which there is no covariance",
-    **dict.fromkeys(("base.conv2d", "base.conv3d"), "the covariance of its patches is not measured"),
+    "base.convolution": "the covariance of its patches is not measured",
 }
 measures = "inputs"
 

@@ -1,19 +1,26 @@
-"""Convolutions as W0: a matrix [out, in] that meets every patch of x, in = channels · size of the kernel."""
+"""convolution: torch.nn.Conv2d and Conv3d, for which A is a convolution, and B one with a kernel of 1. arXiv:2106.09685
+
+W0 is the matrix [out, in] that meets every patch of x, with in = channels · size of the kernel. They are no part of
+`all-linear`. Convolutions in groups are left alone: those are several matrices, one a group.
+"""
 
 import copy
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lora_cli.adapter.base import Base
 
-
-def is_one_matrix(module: nn.Conv2d | nn.Conv3d) -> bool:
-    """Whether every output sees all channels: a convolution in groups is several matrices, one a group."""
-    return module.groups == 1
+wraps = _ConvNd
 
 
-class Convolution(Base):
-    """W0 of a Conv2d or Conv3d; A is a convolution like the module, B one with a kernel of 1."""
+def fits(module: _ConvNd) -> bool:
+    """Whether it is one matrix. A Conv1d is left alone, because state space models read its weight past the module."""
+    return isinstance(module, nn.Conv2d | nn.Conv3d) and module.groups == 1
+
+
+class View(Base):
+    """W0 of a Conv2d or Conv3d."""
 
     def __init__(self, module: nn.Conv2d | nn.Conv3d) -> None:
         """Look at `module`; nothing is copied."""
