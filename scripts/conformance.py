@@ -16,7 +16,14 @@ from lora_cli import parts
 from scripts import readme
 
 TESTS = ("tests/test_core_conformance.py", "tests/test_methods_combine.py")
-LAYERS = ("linear", "conv1d", "embedding")
+LAYERS = {
+    "linear": "linear",
+    "conv1d": "conv1d",
+    "embedding": "embedding",
+    "conv2d": "convolution",
+    "conv3d": "convolution",
+}
+"""Kinds of layers in the tests -> part of the axis `base`."""
 Found = dict[str, dict[str, Any]]
 """Combination -> its `parts` and the laws that it `held`."""
 
@@ -46,23 +53,26 @@ def own_checks(params: dict[str, Any]) -> list[tuple[str, str]]:
     """The parts that a test with these parameters is about, and on what; parameters are called as the axes."""
     kind = params.get("kind")
     dtype = "bf16" if params.get("dtype") is torch.bfloat16 else "fp32"
-    where = f"{kind} {dtype}" if kind in LAYERS else "alone"
+    where = f"{LAYERS[kind]} {dtype}" if kind in LAYERS else "alone"
     tested = {axis: params[axis] for axis in parts.AXES if axis in params}
-    tested |= {"base": kind} if kind in LAYERS else {}
+    tested |= {"base": LAYERS[kind]} if kind in LAYERS else {}
     return [(f"{axis}.{name}", where) for axis, name in tested.items()]
 
 
 def table(counts: Counts, laws: list[str]) -> str:
     """One row a part: its own law by layer, then the laws that combinations with it were held to."""
     names = [f"{axis}.{name}" for axis in parts.AXES for name in parts.names(axis)]
-    head = ["part", "Linear", "Conv1D", "Embedding", "alone", "combinations", *laws]
+    head = ["part", "Linear", "Conv1D", "Embedding", "Conv2d, Conv3d", "alone", "combinations", *laws]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(row(name, counts, laws) for name in names)])
 
 
 def row(part: str, counts: Counts, laws: list[str]) -> str:
     """Cells of own checks are float32 + bfloat16."""
-    own = [cell(counts.own[part, f"{layer} fp32"], counts.own[part, f"{layer} bf16"]) for layer in LAYERS]
+    own = [
+        cell(counts.own[part, f"{layer} fp32"], counts.own[part, f"{layer} bf16"])
+        for layer in dict.fromkeys(LAYERS.values())
+    ]
     beside = [each["held"] for each in counts.combinations.values() if part in each["parts"]]
     held = [sum(law in each for each in beside) for law in laws]
     numbers = [str(number or "—") for number in (counts.own[part, "alone"], len(beside), *held)]

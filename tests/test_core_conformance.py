@@ -3,6 +3,7 @@
 A new part is a new file; these tests find it by themselves.
 """
 
+import copy
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -33,7 +34,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "vb_lora": {"vectors": 6, "length": 2},
 }
 """Settings of deltas whose own are for larger layers."""
-KINDS = ("linear", "conv1d", "embedding")
+KINDS = ("linear", "conv1d", "embedding", "conv2d", "conv3d")
+BASES = {"conv2d": "convolution", "conv3d": "convolution"}
+"""Kinds of layers that one file is for."""
 DTYPES = (torch.float32, torch.bfloat16)
 ALL = [name for name in parts.names("delta") if name not in ("whole", "none")]
 DELTAS = [name for name in ALL if getattr(parts.load("delta", name).make, "mergeable", True)]
@@ -42,11 +45,13 @@ LAYERS = list(itertools.product(KINDS, DTYPES))
 
 
 def module_of(kind: str, dtype: torch.dtype) -> nn.Module:
-    """A random frozen layer that maps IN to OUT."""
+    """A random frozen layer that maps IN to OUT; of the convolutions IN is 3 channels times 4 places."""
     made = {
         "linear": lambda: nn.Linear(IN, OUT),
         "conv1d": lambda: Conv1D(OUT, IN),
         "embedding": lambda: nn.Embedding(IN, OUT),
+        "conv2d": lambda: nn.Conv2d(3, OUT, (1, 4), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        "conv3d": lambda: nn.Conv3d(3, OUT, (2, 1, 2), padding=(0, 1, 0), padding_mode="replicate"),
     }[kind]()
     if kind == "conv1d":
         nn.init.normal_(made.bias)
@@ -56,17 +61,27 @@ def module_of(kind: str, dtype: torch.dtype) -> nn.Module:
 def base_of(kind: str, dtype: torch.dtype) -> Base:
     view = view_of(module_of(kind, dtype))
     assert view is not None
-    assert view[0] == kind
+    assert view[0] == BASES.get(kind, kind)
     return view[1]
 
 
 def input_of(base: Base, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randint(0, IN, (3, 5)) if base.reads_ids else torch.randn(3, 5, IN).to(dtype)
+    if base.reads_ids:
+        return torch.randint(0, IN, (3, 5))
+    shape = (2, 3, *(5, 6, 4)[: -base.channels - 1]) if base.channels != -1 else (3, 5, IN)
+    return torch.randn(shape).to(dtype)
 
 
 def as_vectors(base: Base, x: torch.Tensor) -> torch.Tensor:
-    """What x means to a matrix: itself, or one-hot ids."""
-    return nn.functional.one_hot(x, IN).double() if base.reads_ids else x.double()
+    """What x means to a matrix: itself, one-hot ids, or its patches, each entry picked by a kernel of its own."""
+    if base.reads_ids:
+        return nn.functional.one_hot(x, IN).double()
+    if base.channels == -1:
+        return x.double()
+    picking = copy.deepcopy(base.module).double()
+    picking.weight = nn.Parameter(torch.eye(IN).double().view(IN, *base.module.weight.shape[1:]))
+    picking.bias = None
+    return picking(x.double()).movedim(1, -1)
 
 
 def delta_of(name: str, base: Base) -> Delta:
@@ -108,7 +123,7 @@ def tolerance(dtype: torch.dtype, size: float = 5.0) -> dict[str, float]:
 
 def fits(axis: str, name: str, kind: str) -> bool:
     """Whether the part's file takes this kind of base."""
-    return f"base.{kind}" not in rules.stated("forbids", axis, Part(name))
+    return f"base.{BASES.get(kind, kind)}" not in rules.stated("forbids", axis, Part(name))
 
 
 def on_layers(axis: str, names: Iterable[str]) -> pytest.MarkDecorator:
@@ -126,7 +141,8 @@ def test_base_is_its_weight_and_bias(kind, dtype):
     x = input_of(base, dtype)
     bias = 0 if base.bias is None else base.bias.double()
     expected = as_vectors(base, x) @ base.weight().double().t() + bias
-    torch.testing.assert_close(base.module(x).double(), expected, **tolerance(dtype))
+    torch.testing.assert_close(base(x).double(), expected, **tolerance(dtype))
+    assert torch.equal(base(x), base.module(x).movedim(base.channels, -1))
     assert base.weight().dtype is torch.float32
 
 
@@ -158,9 +174,10 @@ def test_replaced_base_holds_exactly_the_new_weight(kind, dtype):
 def test_delta_adds_its_weight_times_x(delta, kind, dtype):
     base = base_of(kind, dtype)
     made, x = delta_of(delta, base), input_of(base, dtype)
-    y = torch.randn(3, 5, OUT).to(dtype)
+    change = as_vectors(base, x) @ made.weight().double().t()
+    y = torch.randn(change.shape).to(dtype)
     shift = made.shift()
-    expected = y.double() + as_vectors(base, x) @ made.weight().double().t()
+    expected = y.double() + change
     expected += 0 if shift is None else shift.double()
     allowed = tolerance(dtype, expected.abs().max().item())
     torch.testing.assert_close(made.add_to(y.clone(), x).double(), expected, **allowed)
@@ -278,9 +295,11 @@ def test_init_starts_at_the_base_and_every_factor_moves_within_two_steps(init, d
     assert all(W.norm() <= allowed * base_of(kind, torch.float32).weight().norm() for W in matrices)
     trained = [p for p in made.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
-    x = torch.arange(IN) if kind == "embedding" else torch.randn(8, IN)
+    base = base_of(kind, torch.float32)
+    x = input_of(base, torch.float32)
+    zeros = torch.zeros(*as_vectors(base, x).shape[:-1], OUT)
     for _ in range(2):
-        (made.add_to(torch.zeros(len(x), OUT), x) - torch.randn(len(x), OUT)).square().sum().backward()
+        (made.add_to(zeros, x) - torch.randn_like(zeros)).square().sum().backward()
         with torch.no_grad():
             for parameter in trained:
                 parameter -= 0.01 * parameter.grad

@@ -20,6 +20,8 @@ class Base(ABC):
     out_features: int
     reads_ids = False
     """Whether x is token ids, so that W0·x is a lookup, not a product."""
+    channels: int = -1
+    """The dimension of the module's output that W0's rows are in; here and in ΔW they are always the last one."""
     project: Callable[[Tensor, Tensor], Tensor]
     """`project(x, A)`: A [r, in] applied to x the way W0 is applied; returns [..., r]."""
 
@@ -37,6 +39,10 @@ class Base(ABC):
         """A tensor laid out like the module's weight (its gradient, say) as [out, in], or the other way round."""
         return stored
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """W0·x + b0, [..., out]."""
+        return self.module(x)
+
     def times(self, x: Tensor) -> Tensor:
         """W0·x without the bias, [..., out]."""
         W = self.dense
@@ -52,6 +58,10 @@ class Base(ABC):
         """Write W [out, in] where W0 is, cast to its type."""
         with torch.no_grad():
             self.module.weight.copy_(self.oriented(W))
+
+    def as_stored(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of ΔW (`A` [r, in], `B` [out, r] ...) in the shape that PEFT has it in, beside such a module."""
+        return tensor
 
     @abstractmethod
     def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:

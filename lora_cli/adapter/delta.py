@@ -68,7 +68,7 @@ class Delta(nn.Module, ABC):
 
     def beside(self, base: Base, x: Tensor, dropped: Tensor) -> Tensor:
         """Return W0·x + b0 + ΔW·dropped, where `dropped` is x after dropout, or x itself."""
-        return self.add_dropped(base.module(x), dropped)
+        return self.add_dropped(base(x), dropped)
 
     def dropped(self, x: Tensor) -> Tensor:
         """What of x reaches ΔW."""
@@ -188,7 +188,7 @@ class LowRank(Factored):
         """Return W0·x + b0 + ΔW·dropped; with a plain frozen W0 as one step of the graph."""
         W = base.dense
         if W is None:
-            return self._add_trained(self._add_fixed(base.module(x), x), dropped)
+            return self._add_trained(self._add_fixed(base(x), x), dropped)
         if self.fixed_A is not None and self.fixed_B is not None:
             y = product(x, x, W, base.bias, self.fixed_A, self.fixed_B, 1.0)
             return self._add_trained(y, dropped)

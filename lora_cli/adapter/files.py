@@ -69,7 +69,8 @@ def write(
 ) -> None:
     """The same for an adapter in the form in which it is to be saved; the model is plain."""
     plan = form.plan
-    io_ops.write_bytes(folder / WEIGHTS, to_bytes(form.tensors, metadata={"format": "pt"}))
+    tensors = peft_format.as_peft_has_it(plan, model, form.tensors)
+    io_ops.write_bytes(folder / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
     io_ops.write_json(folder / CONFIG, peft_format.config_of(plan, model, base, revision))
     ours = Ours(
         lora_version=__version__,
@@ -221,8 +222,7 @@ def _row_ids(saved: Saved, ends: Ends, known: Mapping[str, Tensor]) -> tuple[int
     if len(found) > 1:
         raise saved.mismatch("it trains other tokens in the embeddings than in the head")
     ids = found.pop() if found else ()
-    size = known[f"{ends.embeddings}.weight"].shape[0]
-    if ids and max(ids) >= size:
+    if ids and max(ids) >= (size := known[f"{ends.embeddings}.weight"].shape[0]):
         raise saved.mismatch(f"it trains token {max(ids)}, the vocabulary has {size} rows")
     return ids
 

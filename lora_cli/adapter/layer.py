@@ -1,5 +1,7 @@
 """Adapted: W0 + ΔW, what stands in the model where the plain layer stood. `forward` is the hot path."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
@@ -18,6 +20,8 @@ class Adapted(nn.Module):
         self.base = base
         self.base_layer = base.module
         self.delta = delta
+        if base.channels != -1:
+            self.register_forward_hook(_as_the_module)
 
     def forward(self, x: Tensor) -> Tensor:
         """W0·x + ΔW·x."""
@@ -46,3 +50,8 @@ class Adapted(nn.Module):
         if name in ("weight", "bias"):
             return getattr(self.base_layer, name)
         return super().__getattr__(name)
+
+
+def _as_the_module(layer: Adapted, inputs: Any, y: Tensor) -> Tensor:
+    """Give y [..., out] the layout of the module's own output."""
+    return y.movedim(-1, layer.base.channels)

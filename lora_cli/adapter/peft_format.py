@@ -153,6 +153,18 @@ def shapes(plan: Plan, model: nn.Module) -> dict[str, tuple[int, ...]]:
     return found | {also_name(name, wrapped): tuple(known[name].shape) for name in plan.also}
 
 
+def as_peft_has_it(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by PEFT's names, those of convolutions in the shapes of convolutions; the model is plain."""
+    kept = dict(tensors)
+    for spec in plan.layers:
+        base = base_of(model, spec.name)
+        for key in LINEAR:
+            name = delta_name(spec.name, base, key)
+            if name in kept:
+                kept[name] = base.as_stored(key, kept[name])
+    return kept
+
+
 def delta_name(layer: str, base: Base, key: str) -> str:
     """Where a tensor of ΔW is on disk; tensors that PEFT's LoRA does not have keep our name."""
     return f"{PREFIX}{layer}.{(LOOKUP if base.reads_ids else LINEAR).get(key, key)}"

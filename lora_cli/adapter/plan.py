@@ -97,10 +97,16 @@ class Plan:
 def view_of(module: nn.Module) -> tuple[str, Base] | None:
     """The kind of base that a module is, and the view of it; None when no file of the axis knows it."""
     fitting = [(name, part) for name, part in _base_parts() if isinstance(module, part.wraps)]
+    fitting = [(name, part) for name, part in fitting if getattr(part, "fits", any_module)(module)]
     if not fitting:
         return None
     name, part = max(fitting, key=lambda found: len(found[1].wraps.__mro__))
     return name, part.View(module)
+
+
+def any_module(module: nn.Module) -> bool:
+    """A base that takes all modules of its type says so by saying nothing."""
+    return True
 
 
 def make(
@@ -152,7 +158,8 @@ def _adaptable(model: nn.Module) -> dict[str, tuple[str, Base]]:
 def _targets(adapter: AdapterRecipe, adaptable: dict[str, tuple[str, Base]], ends: Ends) -> list[str]:
     wanted = adapter.target_modules
     if wanted == "all-linear":
-        names = [n for n, (_, base) in adaptable.items() if not base.reads_ids and n != ends.head]
+        linear = {n for n, (_, base) in adaptable.items() if not base.reads_ids and base.channels == -1}
+        names = [n for n in adaptable if n in linear and n != ends.head]
         _require(names, "all-linear", adaptable, "adapter.target_modules")
     elif isinstance(wanted, str):
         pattern = _regex(wanted, "adapter.target_modules")

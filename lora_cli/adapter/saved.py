@@ -123,7 +123,17 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"is damaged: {error}", where=str(path), code=ExitCode.MODEL) from error
     if not tensors:
         raise UserError("holds no tensors", where=str(path), code=ExitCode.MODEL)
-    return {key: tensor for key, tensor in tensors.items() if not _is_leftover(key, tensors)}
+    return {key: _as_matrix(key, tensor) for key, tensor in tensors.items() if not _is_leftover(key, tensors)}
+
+
+def _as_matrix(key: str, tensor: Tensor) -> Tensor:
+    """The factors of a convolution as matrices, and its lengths as a vector, as everywhere else."""
+    ending = key.rpartition(".lora_")[2]
+    if tensor.ndim < 3:
+        return tensor
+    if ending in ("A.weight", "B.weight"):
+        return tensor.flatten(1)
+    return tensor.flatten() if ending == "magnitude_vector" else tensor
 
 
 def _is_leftover(key: str, tensors: dict[str, Tensor]) -> bool:

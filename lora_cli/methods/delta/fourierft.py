@@ -16,6 +16,7 @@ from lora_cli.recipe.schema import Section
 needs = {"init.own": "it starts at zero", "trainable.all": "it is one tensor"}
 forbids = {
     "base.embedding": "ids have no Fourier transform",
+    "base.convolution": "it would be a transform of every patch",
     "lora_bias": "there is no B·A to add it to",
 }
 

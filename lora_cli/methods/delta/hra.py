@@ -16,6 +16,7 @@ needs = {
 }
 forbids = {
     "base.embedding": "its input are ids, which cannot be turned",
+    "base.convolution": "it would have to turn every patch of the input",
     "lora_bias": "there is no B·A to add it to",
 }
 

@@ -16,6 +16,7 @@ from lora_cli.recipe.schema import Section
 needs = {"init.routed": "a router has to be drawn, too"}
 forbids = {
     "base.embedding": "a router cannot read token ids",
+    "base.convolution": "a router reads tokens, not pictures",
     "lora_bias": "there is no single B to add it to",
 }
 

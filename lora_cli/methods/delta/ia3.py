@@ -40,7 +40,7 @@ class IA3(Delta):
         """Return (1 + s·(l − 1)) ⊙ (W0·x + b0); with dropout the part that is added sees what is left of x."""
         if dropped is not x:
             return super().beside(base, x, dropped)
-        y = base.module(x)
+        y = base(x)
         return (y * (1 + self._more())).to(
             y.dtype
         )  # the factor stays float32: in 16 bits it could be 1 or 1.008

@@ -15,6 +15,7 @@ from lora_cli.adapter.dense import Dense
 needs = {"init.own": "it has two pairs of factors, of which one starts at zero"}
 forbids = {
     "base.embedding": "a table of the vocabulary's size would be made in every step",
+    "base.convolution": "its input is not a row but a picture, with patches",
     "lora_bias": "there is no single B to add it to",
     "trainable.lora_fa": "it has two pairs of factors, A1 and A2",
     "trainable.only_a": "it has two pairs of factors, B1 and B2",

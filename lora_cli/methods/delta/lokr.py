@@ -17,6 +17,7 @@ from lora_cli.recipe.schema import Section
 needs = {"init.own": "W1 starts at zero, and W2 may not"}
 forbids = {
     "base.embedding": "a token would be an entry of a product, not a row",
+    "base.convolution": "its input is not a row but a picture, with patches",
     "lora_bias": "there is no single B to add it to",
     "trainable.lora_fa": "it has no single A",
     "trainable.only_a": "it has no single B",

@@ -17,6 +17,7 @@ needs = {
 }
 forbids = {
     "base.embedding": "a router cannot read token ids",
+    "base.convolution": "a router reads tokens, not pictures",
     "lora_bias": "it has no B",
     "dropout": "it has no input of its own, it stretches W0·x",
     **{f"trainable.{name}": "it has neither A nor B that could be frozen" for name in ("lora_fa", "only_a")},

@@ -18,6 +18,7 @@ from lora_cli.recipe.schema import Section
 needs = {"init.own": "it starts at the identity", "trainable.all": "it is one tensor"}
 forbids = {
     "base.embedding": "its input are ids, which cannot be turned",
+    "base.convolution": "it would have to turn every patch of the input",
     "lora_bias": "there is no B·A to add it to",
 }
 

@@ -15,7 +15,10 @@ from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 from lora_cli.recipe.schema import Section
 
-forbids = {"base.embedding": "its inputs are token ids, of which there is no covariance"}
+forbids = {
+    "base.embedding": "its inputs are token ids, of which there is no covariance",
+    "base.convolution": "the covariance of its patches is not measured",
+}
 measures = "inputs"
 
 
