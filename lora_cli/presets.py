@@ -220,8 +220,8 @@ PRESETS: dict[str, Preset] = {
     "lotr": Preset(
         title="LoTR: layers of one shape train one L and one R together, and r² numbers each",
         paper="arXiv:2402.01376",
-        when="As tied_lora, where a layer may mix the common directions freely. L and R start at N(0, 1): begin with a "
-        "lower learning rate or alpha than LoRA's.",
+        when="As tied_lora, where a layer may mix the common directions freely. L and R start at N(0, 1), so steps "
+        "are large: begin with `alpha: 1`.",
         parts={"delta": Part(name="lotr"), "init": Part(name="own")},
     ),
     "nola": Preset(

@@ -43,8 +43,19 @@ NAMES = {
     "l": "ia3_l",
     "U": "hra_u",
     "Q": "oft_R",
+    "W1": "lokr_w1",
+    "W2": "lokr_w2",
+    "scores_A": "vblora_logits_A",
+    "scores_B": "vblora_logits_B",
 }
 """Our tensors by PEFT's names; MiSS has a B that PEFT calls otherwise, and BOFT keeps whole matrices."""
+PAIRS = {
+    "loha": {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
+    "lokr": {"B2": "lokr_w2_a", "A2": "lokr_w2_b"},
+}
+"""Those that two methods call the same."""
+SHARED = {"A": "vera_A", "B": "vera_B", "bank": "vblora_vector_bank"}
+"""Those that several layers have in common."""
 Config = Callable[..., Any]
 
 
@@ -120,6 +131,22 @@ def without_lengths(model: Any) -> Optimizer:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("boft_R" in name)
     return plain_adamw(model)
+
+
+def loha(kind: str) -> Any:
+    """Alpha, by another name."""
+    return peft.LoHaConfig(r=R, alpha=ALPHA, target_modules=TARGETS[kind])
+
+
+def lokr(r: int) -> Config:
+    """With a W2 of two factors, or in full where r is large."""
+    return lambda kind: peft.LoKrConfig(r=r, alpha=ALPHA, target_modules=TARGETS[kind])
+
+
+def vb_lora(kind: str) -> Any:
+    """Vectors that divide the layers of a tiny model."""
+    common = {"num_vectors": 16, "vector_length": 8, "fan_in_fan_out": kind == "gpt2"}
+    return peft.VBLoRAConfig(r=R, target_modules=TARGETS[kind], **common)
 
 
 def plain_adamw(model: nn.Module) -> Optimizer:
@@ -221,18 +248,24 @@ CASES = (
         ours={},
         cannot=("gpt2",),
     ),
+    Case("loha", loha, "refuses Conv1D", cannot=("gpt2",)),
+    Case("lokr", lokr(R), "refuses Conv1D", cannot=("gpt2",)),
+    Case(
+        "lokr", lokr(2), "(the same with a thin W2)", ours={"alpha": float(ALPHA), "r": 2}, cannot=("gpt2",)
+    ),
+    Case("vb_lora", vb_lora, ours={"delta": {"vb_lora": {"vectors": 16, "length": 8}}}),
 )
 
 
 def pair(case: Case, kind: str) -> tuple[nn.Module, Adapter, Any]:
     """Our model, its adapter, and PEFT's model, all at the start, with our tensors."""
     model = tiny.model(kind)
-    recipe = AdapterRecipe(**{"method": case.method, "r": R, **case.ours})
+    recipe = AdapterRecipe.model_validate({"method": case.method, "r": R, **case.ours})
     adapter = inject.inject(model, plan.make(recipe, model, models.ends_of(model)))
     theirs = by_peft(case, kind)
     with torch.no_grad():
         for key, tensor in adapter.shared.items():
-            tensor.copy_(getattr(theirs.base_model, f"vera_{key}")["default"])
+            tensor.copy_(shared(theirs, key))
         give(adapter, theirs)
     return model, adapter, theirs
 
@@ -248,14 +281,22 @@ def by_peft(case: Case, kind: str) -> Any:
 def give(adapter: Adapter, theirs: Any) -> None:
     """Copy our tensors into PEFT's."""
     common = {id(tensor) for tensor in adapter.shared.values()}
+    for key, tensor in adapter.shared.items():
+        shared(theirs, key).copy_(tensor)
+    names = NAMES | PAIRS.get(adapter.plan.method.delta.name, {})
     for name, layer in adapter.layers.items():
         module = theirs.base_model.model.get_submodule(name)
         for key, tensor in layer.own_tensors().items():
-            if id(tensor) not in common and key in NAMES:
-                place(module, key, tensor)
+            if id(tensor) not in common and key in names:
+                place(module, names[key], tensor)
 
 
-def place(module: Any, key: str, tensor: Tensor) -> None:
+def shared(theirs: Any, key: str) -> Tensor:
+    """PEFT's tensor of several layers."""
+    return getattr(theirs.base_model, SHARED[key])["default"]
+
+
+def place(module: Any, name: str, tensor: Tensor) -> None:
     """Into the one of a layer."""
     if hasattr(module, "miss_block"):
         module.miss_block["default"].copy_(tensor.t())
@@ -266,9 +307,9 @@ def place(module: Any, key: str, tensor: Tensor) -> None:
         matrices.zero_()
         matrices[..., rows, columns], matrices[..., columns, rows] = tensor, -tensor
         return
-    found = getattr(module, NAMES[key])["default"]
+    found = getattr(module, name)["default"]
     target: Any = found.weight if isinstance(found, nn.Module) else found
-    target.copy_(tensor.t() if key == "U" else tensor.view_as(target))
+    target.copy_(tensor.t() if name == "hra_u" else tensor.view_as(target))
 
 
 def largest(found: Tensor, expected: Tensor, size: Tensor | None = None) -> float:

@@ -1,6 +1,6 @@
-"""own: the start that the delta's file gives it, at which ΔW = 0 and nothing is left to choose.
+"""own: the start that the delta's file gives it, at which ΔW = 0 unless that file says otherwise.
 
-For the deltas that are no product of A and B: additive, miss, vera.
+For the deltas whose file says so, which are no plain product of A and B.
 """
 
 from lora_cli.adapter.delta import Delta
