@@ -22,6 +22,15 @@ def numbers(*shape, grad=True):
     return torch.randn(*shape, generator=fresh(), dtype=torch.float64).requires_grad_(grad)
 
 
+def test_there_may_be_no_rows():
+    """An adapted head whose batch has no token to learn: a process that has fewer rows than others."""
+    x, W = numbers(0, IN), numbers(OUT, IN, grad=False)
+    A, B = numbers(R, IN), numbers(OUT, R)
+    y = product(x, x, W, None, A, B, SCALE)
+    assert y.shape == (0, OUT)
+    assert [float(g.sum()) for g in torch.autograd.grad(y.sum(), (x, A, B))] == [0, 0, 0]
+
+
 CASES = {
     "plain": {},
     "bias": {"bias": (OUT,)},

@@ -89,6 +89,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora, transposed": ("gpt2", {"adapter": {"method": "dora", "train_also": ("biases",)}}),
     "logits bent": ("gemma2", {}),
     "measured start": ("llama", {"adapter": {"method": "lora_ga"}}),
+    "saved as a product with W0": ("llama", {"adapter": {"method": "hra", "dropout": 0.0, "r": 4}}),
     "bf16": ("bf16", {"adapter": {"train_also": ("norms",)}, "train": {"gradient_checkpointing": True}}),
 }
 

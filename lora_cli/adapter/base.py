@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Base(ABC):
@@ -51,8 +52,9 @@ class Base(ABC):
         return self.project(x, W.to(x.dtype) if x.is_floating_point() else W)
 
     def weight(self) -> Tensor:
-        """W0 in float32, [out, in]."""
-        return self.oriented(self.module.weight.detach().float())
+        """W0 in float32, [out, in]; where it is shared out among processes, all of them have to ask for it together."""
+        stored = self.module.weight.detach()
+        return self.oriented((stored.full_tensor() if isinstance(stored, DTensor) else stored).float())
 
     def set_weight(self, W: Tensor) -> None:
         """Write W [out, in] where W0 is, cast to its type."""

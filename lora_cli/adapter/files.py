@@ -48,7 +48,12 @@ SIGNS = "signs"
 
 
 def save(
-    folder: Path, adapter: Adapter, base: str, revision: str | None, tokens: tuple[str, ...] = ()
+    folder: Path,
+    adapter: Adapter,
+    base: str,
+    revision: str | None,
+    tokens: tuple[str, ...] = (),
+    form: Portable | None = None,
 ) -> None:
     """Write weights and configs into `folder`, which exists (a temporary one that the caller puts in place).
 
@@ -58,8 +63,9 @@ def save(
         base: folder or Hub id of its base.
         revision: of the base.
         tokens: those that were added to the base's vocabulary.
+        form: what `saved_form` gives, where it has been asked already.
     """
-    form = saved_form(adapter)
+    form = form or saved_form(adapter)
     with without_adapters(adapter):
         write(folder, form, adapter.model, base, revision, tokens)
 

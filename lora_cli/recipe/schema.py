@@ -443,9 +443,9 @@ class TrainRecipe(Section):
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp",
-        description="What each of several processes keeps; ddp: the whole base; fsdp: its share of the base, for one "
-        "that does not fit on a GPU: each block is gathered when it computes, which is slower. The adapter is whole "
-        "in each, and what is learned is the same.",
+        description="What each of several processes keeps; ddp: the whole base; fsdp: its share of it, for a base that "
+        "does not fit on one GPU: every block is gathered when it computes, which is slower. The adapter is whole in "
+        "each, and what is learned is the same.",
     )
     log_steps: Positive = Field(
         default=1, description="Steps between lines on a plain screen and points in trackers."

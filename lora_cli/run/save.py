@@ -11,7 +11,7 @@ from lora_cli import io_ops
 from lora_cli.adapter import files
 from lora_cli.adapter.inject import without_adapters
 from lora_cli.adapter.plan import Plan
-from lora_cli.adapter.portable import saved_form
+from lora_cli.adapter.portable import Portable, saved_form
 from lora_cli.data.load import Datasets
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.evaluate import generation
@@ -26,26 +26,38 @@ from lora_cli.screen import Screen
 from lora_cli.train.loop import Training, check_weights
 
 
-def adapter(folder: RunFolder, run: Training, recipe: Recipe, language: LanguageModel) -> None:
+def form(run: Training) -> Portable:
+    """What is to be saved. All processes ask: some forms are made of W0, which may be shared out among them.
+
+    Raises:
+        UserError: a weight is not a finite number.
+    """
+    check_weights(run)
+    return saved_form(run.adapter)
+
+
+def adapter(
+    folder: RunFolder, run: Training, recipe: Recipe, language: LanguageModel, form: Portable
+) -> None:
     """Write adapter/ and read it back.
 
     Raises:
-        UserError: what is on disk is not what was trained, or a weight is not a finite number.
+        UserError: what is on disk is not what was trained.
     """
-    check_weights(run)
+    model = recipe.model
     with io_ops.new_folder(folder.adapter) as made:
-        files.save(made, run.adapter, recipe.model.name, recipe.model.revision, recipe.model.add_tokens)
+        files.save(made, run.adapter, model.name, model.revision, model.add_tokens, form)
         io_ops.write_text(made / RECIPE, to_yaml(recipe))
         if recipe.data.chat_template not in ("auto", "none"):
             io_ops.write_text(made / TEMPLATE, language.tokenizer.chat_template)
         io_ops.write_text(made / "README.md", card(recipe, run, folder.lines()))
         if recipe.model.add_tokens:
             language.tokenizer.save_pretrained(made)
-        _verify(made, run)
+        _verify(made, run, form)
 
 
-def _verify(folder: Path, run: Training) -> None:
-    saved, live = files.read(folder), saved_form(run.adapter)
+def _verify(folder: Path, run: Training, live: Portable) -> None:
+    saved = files.read(folder)
     with without_adapters(run.adapter):
         plan = files.plan_of(saved, run.model, run.adapter.plan.ends)
     if not _same(saved.tensors, live.tensors) or not _computes_same(plan, live.plan):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_cli import io_ops
 from lora_cli import model as models
+from lora_cli.adapter.portable import Portable
 from lora_cli.data.example import Batch
 from lora_cli.data.load import Datasets
 from lora_cli.data.pack import nothing
@@ -269,17 +270,18 @@ class Story:
             best = self.folder.checkpoints / f"step-{self.progress.best_step:06d}"
             checkpoint.restore(best, self.run)
             self.screen.note(f"keeping the adapter of step {self.progress.best_step}, the best one")
+        form = save.form(self.run)
         if self.folder.writes:
-            self.save()
+            self.save(form)
         return self.folder.adapter
 
-    def save(self) -> None:
+    def save(self, form: Portable) -> None:
         """The picture, and the adapter last: where it is, nothing is left to do."""
         try:
             save.plot(self.folder)
         except UserError as error:
             self.screen.warn(str(error))
-        save.adapter(self.folder, self.run, self.recipe, self.language)
+        save.adapter(self.folder, self.run, self.recipe, self.language, form)
         seconds = sum(line.get("seconds", 0.0) for line in self.folder.lines())
         sent, steps = self.run.processes.sent, max(self.run.step, 1)
         share = f"; each process sent {size(sent / steps)}B a step" if sent else ""
