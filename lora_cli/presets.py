@@ -153,7 +153,7 @@ PRESETS: dict[str, Preset] = {
         title="DoRA of dynamic rank: closes the components that contribute least to their layer's ΔW",
         paper="arXiv:2405.17357",
         when="As adalora, by a score that needs no gradient, and with all decisions in the first half of the run.",
-        parts={"delta": Part(name="gated"), "init": Part(name="both"), "rank": Part(name="dora_dynamic")},
+        parts={"delta": Part(name="gated"), "init": Part(name="closed"), "rank": Part(name="dora_dynamic")},
     ),
     "dylora": Preset(
         title="DyLoRA: one training for every rank up to r",
@@ -175,8 +175,7 @@ PRESETS: dict[str, Preset] = {
         when="To train few numbers for most of the run: VeRA's vectors remain when every A and B is frozen.",
         parts={
             "delta": Part(name="scaled"),
-            # A gain of √2 over uniform inputs, as the authors' code.
-            "init": Part(name="both", settings={"bound": 6**0.5}),
+            "init": Part(name="own"),
             "scale": Part(name="constant"),
             "lifecycle": (Part(name="aflora"),),
         },
@@ -200,6 +199,12 @@ PRESETS: dict[str, Preset] = {
         paper="arXiv:2406.10777",
         when="When little of W0 may change, as in editing what a model knows.",
         parts={"lifecycle": (Part(name="roselora"),)},
+    ),
+    "lora_drop": Preset(
+        title="LoRA-drop: the layers whose ΔW does least share one A and one B",
+        paper="arXiv:2402.07721",
+        when="To train fewer numbers in a deep model: its abstract says half of LoRA's, at par. Needs several blocks.",
+        parts={"lifecycle": (Part(name="lora_drop"),)},
     ),
     "vera": Preset(
         title="VeRA: one random, frozen pair (A, B) for all layers; two vectors a layer train",

@@ -60,7 +60,6 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "init.pissa": [{}, {"niter": 3}],
     "scale.constant": [{}, {"value": 0.5}],
     "delta.gated": [{}, {"start": 1.0}],
-    "init.both": [{}, {"bound": 2.0}],
     "rank.adalora": [{"every": 1}, {"every": 2, "initial": 2.0, "orthogonality": 0.0}],
     "rank.dora_dynamic": [{"every": 1, "end": 0.8}, {"every": 2, "initial": 2.0, "dispersion": 0.0}],
     "rank.dylora": [{}, {"frozen": True}],
@@ -68,6 +67,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "rank.sora": [{"threshold": 0.1}, {"threshold": 1e-3}],
     "lifecycle.aflora": [{"every": 1, "begin": 0.0, "end": 0.8}, {"every": 2}],
     "lifecycle.dropbp": [{}],
+    "lifecycle.lora_drop": [{"after": 0.4}],
     "lifecycle.roselora": [{"density": 0.5}, {"density": 0.3, "begin": 0.0, "end": 0.5}],
     "lifecycle.sparse_adapter": [
         {"after": 1, "sparsity": 0.5},

@@ -93,6 +93,7 @@ PRILORA = {"adapter.method": "prilora", "train.max_steps": 5}
 EVERY_LAYER = {"adapter.rank": {"prilora": {"every": 1}}, "adapter.target_modules": "all-linear"}
 AFLORA = {"adapter.method": "aflora", "train.max_steps": 10}
 SPARSE = {"adapter.lifecycle": {"sparse_adapter": {"after": 1}}, "train.max_steps": 4}
+DROPS = {"adapter.lifecycle": {"lora_drop": {"after": 0.4, "threshold": 0.0}}, "train.max_steps": 5}
 ROSE = {"adapter.lifecycle": "roselora", "train.max_steps": 6}
 SHORT_PIECES = {"adapter.lifecycle": {"restart": {"every": 2}}, "train.max_steps": 6}
 BANK = {"adapter.method": "vb_lora", "adapter.delta": {"vb_lora": {"length": 8}}}
@@ -215,7 +216,6 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
         "adapter", {"gated": {"start": 0.5}}, {**LONGER, "adapter.method": "sora"}
     ),
     "adapter.delta.scaled.d": Case("adapter", {"scaled": {"d": 0.5}}, {"adapter.method": "aflora"}),
-    "adapter.init.both.bound": Case("adapter", {"both": {"bound": 2.0}}, {"adapter.method": "aflora"}),
     "adapter.init.corda.mode": Case("adapter", {"corda": {"mode": "kpm"}}, {"adapter.method": "corda"}),
     "adapter.init.corda.rows": Case("adapter", {"corda": {"rows": 8}}, {"adapter.method": "corda"}),
     "adapter.init.eva.rows": Case("adapter", {"eva": {"rows": 8}}, {"adapter.init": "eva"}),
@@ -293,6 +293,8 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "adapter.lifecycle.sparse_adapter.score": Case(
         "adapter", {"sparse_adapter": {"after": 1, "score": "random"}}, SPARSE
     ),
+    "adapter.lifecycle.lora_drop.after": Case("adapter", {"lora_drop": {"after": 0.6, "threshold": 0.0}}, DROPS),
+    "adapter.lifecycle.lora_drop.threshold": Case("adapter", {"lora_drop": {"after": 0.4}}, DROPS),
     "adapter.lifecycle.roselora.density": Case("adapter", {"roselora": {"density": 0.5}}, ROSE),
     "adapter.lifecycle.roselora.begin": Case("adapter", {"roselora": {"begin": 0.5}}, ROSE),
     "adapter.lifecycle.roselora.end": Case("adapter", {"roselora": {"end": 1.0}}, ROSE),

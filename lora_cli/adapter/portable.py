@@ -137,8 +137,8 @@ def _as_lora(plan: Plan, specs: tuple[LayerSpec, ...], combine: str) -> Plan:
         return plan
     kept = plan.method
     scale = kept.scale if kept.scale.name == "rslora" and specs == plan.layers else Part(name="alpha_over_r")
-    how = Part(name=combine)
-    method = Method(name=kept.name, combine=how, scale=scale, rank=kept.rank, dropout=kept.dropout)
+    way = Part(name=combine)
+    method = Method(name=kept.name, combine=way, scale=scale, rank=kept.rank, dropout=kept.dropout)
     return replace(plan, method=method, layers=specs)
 
 

@@ -68,6 +68,7 @@ def restore(folder: Path, run: Training) -> dict[str, Any]:
     problem = damage(folder)
     if problem:
         raise UserError(problem, where=str(folder), code=ExitCode.NO_CHECKPOINT)
+    _restore_lifecycle(run, load_file(folder / LIFECYCLE))  # first: it may have frozen tensors, or tied them
     tensors, named = load_file(folder / ADAPTER), run.adapter.named_tensors()
     if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in named.items()}:
         what = "holds the tensors of another adapter"
@@ -76,7 +77,6 @@ def restore(folder: Path, run: Training) -> dict[str, Any]:
         for name, parameter in named.items():
             parameter.copy_(tensors[name])
     optim.restore_state(run.optimizer, run.adapter.trainable(), load_file(folder / OPTIMIZER))
-    _restore_lifecycle(run, load_file(folder / LIFECYCLE))
     _restore_absorbed(run, load_file(folder / LIFECYCLE))
     state = json.loads((folder / STATE).read_text())
     run.step, run.skipped = state["step"], state["skipped"]

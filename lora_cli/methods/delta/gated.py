@@ -1,8 +1,7 @@
 """gated: ΔW = s·B·diag(E)·A, a trained gate E for each of the r components. arXiv:2303.10512
 
 The form of a singular value decomposition, which lets a rank controller (`rank: adalora`, `sora` ...) close single
-components. With closed gates and no controller it is TriLoRA (arXiv:2405.11236); with `start: 1` all are open at
-first, and it is LoRA with gates.
+components; without one it is TriLoRA (arXiv:2405.11236). With `start: 1` all gates are open at first.
 """
 
 from typing import Annotated
@@ -11,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lora_cli.adapter.delta import LowRank, Place
+from lora_cli.adapter.delta import LowRank, Place, Shape
 from lora_cli.recipe.schema import Section
 
 
@@ -24,14 +23,14 @@ class Settings(Section):
 def needs(start: float) -> dict[str, str]:
     """Something has to lead away from the start."""
     why = "with closed gates neither A nor B may start at zero: no step would lead away"
-    return {} if start else {"init.small or init.both": why}
+    return {} if start else {"init.small or init.closed": why}
 
 
 def forbids(start: float) -> dict[str, str]:
     """With open gates A or B has to be zero."""
     never = {"init.own": "A and B would both be zero, from where no step leads"}
     why = "it fills A and B, and with open gates the model would not start as the base"
-    return never | ({"init.small": why, "init.both": why} if start else {})
+    return never | ({"init.small": why, "init.closed": why} if start else {})
 
 
 class Gated(LowRank):
@@ -55,6 +54,6 @@ class Gated(LowRank):
 make = Gated
 
 
-def shapes(in_features: int, out_features: int, r: int, start: float) -> dict[str, tuple[int, ...]]:
+def shapes(in_features: int, out_features: int, r: int, start: float) -> dict[str, Shape]:
     """The tensors that make up ΔW."""
     return {"A": (r, in_features), "B": (out_features, r), "E": (r,)}

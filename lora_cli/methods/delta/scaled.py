@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lora_cli.adapter.delta import LowRank, Place
+from lora_cli.adapter.delta import LowRank, Place, Shape
 from lora_cli.recipe.schema import Section
 
-needs = {"init.both": "b starts at zero; A and B may not"}
+needs = {"init.own": "b starts at zero; A and B may not"}
 forbids = {
     "lifecycle.restart": "with b at zero again after every restart, A, B and d would wait for it again"
 }
@@ -33,6 +33,11 @@ class Scaled(LowRank):
         self.b = nn.Parameter(torch.zeros(self.B.shape[0]))
         self.d = nn.Parameter(torch.full((place.r,), d))
 
+    def start(self, generator: torch.Generator) -> None:
+        """Draw A and B, Kaiming-uniform with gain √2 as the authors' code; b at 0 is what closes ΔW."""
+        for factor in (self.A, self.B):
+            nn.init.kaiming_uniform_(factor, generator=generator)
+
     def up(self) -> Tensor:
         """diag(b)·B·diag(d)."""
         return self.b[:, None] * self.B * self.d
@@ -41,6 +46,6 @@ class Scaled(LowRank):
 make = Scaled
 
 
-def shapes(in_features: int, out_features: int, r: int, d: float) -> dict[str, tuple[int, ...]]:
+def shapes(in_features: int, out_features: int, r: int, d: float) -> dict[str, Shape]:
     """The tensors that make up ΔW."""
     return {"A": (r, in_features), "B": (out_features, r), "b": (out_features,), "d": (r,)}

@@ -19,7 +19,10 @@ from lora_cli.adapter.seed import generator_of
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Section
 
-forbids = {"lifecycle.restart": "a start that is measured anew would see no gradient in what is dropped"}
+forbids = {
+    "lifecycle.restart": "a start that is measured anew would see no gradient in what is dropped",
+    "train.parallel": "a base that is shared out is gathered for the backward pass, which is another one in every step",
+}
 
 
 class Settings(Section):

@@ -17,7 +17,7 @@ from lora_cli.recipe.schema import Section
 needs = {"delta.gated": "components are closed by their gates"}
 forbids = {
     "init.small": "there the gates start closed, where they would be held: delta: {gated: {start: 1}}",
-    "init.both": "there the gates start closed, where they would be held: delta: {gated: {start: 1}}",
+    "init.closed": "there the gates start closed, where they would be held: delta: {gated: {start: 1}}",
     "init.eva": "one of both has to decide over ranks",
     "lifecycle.restart": "a rank controller decides over a whole run, not over the piece between two restarts",
 }
