@@ -26,8 +26,8 @@ from lora_cli.run.open import open_model
 from lora_cli.screen import Screen
 from tests import tiny
 from tests.adapters import CASES, adapted, base, ids
-from tests.test_methods_run import ADAPTER
 from tests.disk import Disk, Tree, failing, full_disk
+from tests.test_methods_run import ADAPTER
 
 SCREEN = Screen()
 

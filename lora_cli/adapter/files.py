@@ -128,7 +128,9 @@ def fingerprint(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | No
     digest = hashlib.sha256()
     for spec in sorted(plan.layers, key=lambda spec: spec.name):
         digest.update(f"{spec.name}:{spec.in_features}x{spec.out_features}".encode())
-        signs = _signs(model, spec.name) if weights is None else _sampled_signs(weights[f"{spec.name}.weight"])
+        signs = (
+            _signs(model, spec.name) if weights is None else _sampled_signs(weights[f"{spec.name}.weight"])
+        )
         digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
