@@ -131,12 +131,12 @@ def write_json(target: Path, value: Any) -> None:
 
 
 @contextmanager
-def appending(target: Path) -> Generator[Callable[[bytes], None]]:
+def appending(target: Path) -> Generator[Callable[[bytes | memoryview], None]]:
     """Yield a function that adds bytes to a new file: for what is too large to hold, inside a `new_folder`."""
     with _disk_errors(target):
         file = target.open("xb")
 
-    def write(content: bytes) -> None:
+    def write(content: bytes | memoryview) -> None:
         with _disk_errors(target):
             file.write(content)
 

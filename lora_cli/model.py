@@ -75,9 +75,14 @@ def skeleton(recipe: ModelRecipe, device: str = "meta", **settings: Any) -> PreT
     config = _config(recipe)
     try:
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
     except Exception as error:  # foreign files: every library that reads them fails in its own way
-        raise _missing(recipe, f"config.json describes no model: {_first_line(error)}") from error
+        raise missing(recipe, f"config.json describes no model: {_first_line(error)}") from error
+    for module in model.modules():
+        # Gemma's embeddings keep their factor as a number too; in the tensor on the meta device it is lost.
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+    return model.eval()
 
 
 def with_tokens(model: PreTrainedModel, tokenizer: Any, recipe: ModelRecipe) -> LanguageModel:
@@ -115,7 +120,7 @@ def load_tokenizer(recipe: ModelRecipe) -> Any:
     try:
         return AutoTokenizer.from_pretrained(recipe.name, revision=recipe.revision, trust_remote_code=False)
     except Exception as error:  # as above
-        raise _missing(recipe, f"no usable tokenizer: {_first_line(error)}") from error
+        raise missing(recipe, f"no usable tokenizer: {_first_line(error)}") from error
 
 
 def end_modules(model: PreTrainedModel) -> tuple[Any, Any]:
@@ -207,7 +212,7 @@ def _config(recipe: ModelRecipe) -> Any:
     try:
         config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision, trust_remote_code=False)
     except Exception as error:  # as above
-        raise _missing(recipe, _first_line(error)) from error
+        raise missing(recipe, _first_line(error)) from error
     reason = _not_a_language_model(config)
     if reason:
         raise UserError(f"{recipe.name} is {reason}", where="model.name", fix=SCOPE, code=ExitCode.MODEL)
@@ -264,21 +269,39 @@ def _refuse_pickles(recipe: ModelRecipe) -> None:
         UserError: naming the file.
     """
     if _file(recipe, "adapter_config.json") is not None:
-        raise _missing(recipe, "it is an adapter, which has a base of its own")
+        raise missing(recipe, "it is an adapter, which has a base of its own")
     named = [getattr(_config(recipe), "transformers_weights", None) or SAFE_WEIGHTS_NAME]
     index = _file(recipe, SAFE_WEIGHTS_INDEX_NAME)
     if index is not None:
         named += _shards(recipe, index)
     for name in named:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise _missing(recipe, f"its weights are said to be in {name}, and only safetensors are opened")
+            raise missing(recipe, f"its weights are said to be in {name}, and only safetensors are opened")
 
 
 def _shards(recipe: ModelRecipe, index: Path) -> list[str]:
     try:
         return [str(name) for name in json.loads(index.read_bytes())["weight_map"].values()]
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise _missing(recipe, f"{index.name} is damaged") from error
+        raise missing(recipe, f"{index.name} is damaged") from error
+
+
+def weight_files(recipe: ModelRecipe) -> list[Path]:
+    """The safetensors that hold the weights; a single file goes before an index, as in transformers.
+
+    Raises:
+        UserError: there are none, one is missing, or they lead to pickles or to other folders.
+    """
+    _refuse_pickles(recipe)
+    names = [getattr(_config(recipe), "transformers_weights", None) or SAFE_WEIGHTS_NAME]
+    index = _file(recipe, SAFE_WEIGHTS_INDEX_NAME)
+    if index is not None and _file(recipe, names[0]) is None:
+        names = sorted(set(_shards(recipe, index)))
+    found = {name: _file(recipe, name) for name in names}
+    absent = [name for name, path in found.items() if path is None]
+    if absent:
+        raise missing(recipe, f"there is no {absent[0]}")
+    return [path for path in found.values() if path is not None]
 
 
 def _file(recipe: ModelRecipe, name: str) -> Path | None:
@@ -303,15 +326,16 @@ def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
             **attention,
         )
     except Exception as error:  # as above
-        raise _missing(recipe, _first_line(error)) from error
+        raise missing(recipe, _first_line(error)) from error
     model, info = loaded
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])[0]
-        raise _missing(recipe, f"{len(info['missing_keys'])} weights are missing, such as {missing}")
+        first = sorted(info["missing_keys"])[0]
+        raise missing(recipe, f"{len(info['missing_keys'])} weights are missing, such as {first}")
     return model.eval()
 
 
-def _missing(recipe: ModelRecipe, reason: str) -> UserError:
+def missing(recipe: ModelRecipe, reason: str) -> UserError:
+    """The error that a model's files are not what they have to be."""
     fix = "give a folder with config.json and *.safetensors, or an id on the Hub"
     return UserError(f"cannot load {recipe.name}: {reason}", where="model.name", fix=fix, code=ExitCode.MODEL)
 
@@ -347,7 +371,13 @@ def _grow(model: PreTrainedModel, tokenizer: Any, tokens: tuple[str, ...]) -> tu
     if ids and max(ids) >= old:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with torch.no_grad():
-        for end in end_modules(model):
+        for weight in {id(end.weight): end.weight for end in end_modules(model)}.values():
             if ids:
-                end.weight[list(ids)] = end.weight[:old].float().mean(0).to(end.weight.dtype)
+                start_rows(weight, old, ids)
     return ids
+
+
+def start_rows(weight: torch.Tensor, old: int, ids: tuple[int, ...]) -> None:
+    """Let the rows of new tokens, and all behind the `old` ones, be the mean of the old ones."""
+    rows = sorted({*ids, *range(old, weight.shape[0])})
+    weight[rows] = weight[:old].float().mean(0).to(weight.dtype)

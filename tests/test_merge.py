@@ -1,8 +1,7 @@
 """Merged models on disk compute what base and adapter compute, and say what rounding cost; or there is none."""
 
-import gc
 import json
-import weakref
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,15 @@ from lora_cli.presets import Method
 from lora_cli.recipe.schema import ModelRecipe
 from lora_cli.run import export as export_story
 from lora_cli.run import merge as merge_story
-from lora_cli.run import probe
-from lora_cli.run.merge import TOLERANCES, merge
+from lora_cli.run import probe, rewrite
+from lora_cli.run.merge import merge
 from lora_cli.screen import Screen
 from tests import tiny
 from tests.adapters import CASES, adapted, base, ids
 
 SCREEN = Screen()
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+"""Of logits: what rounding the weights may do to them. A mistake moves them by what the adapter learned, or by all."""
 ALIKE = (
     "lora_fa",
     "some layers",
@@ -79,7 +80,7 @@ def test_the_merged_model_on_disk_computes_what_base_and_adapter_compute(tmp_pat
     found, expected = reloaded(tmp_path / "merged")(x).logits, live(x).logits
     assert probe.distance(found, expected) <= 1e-5
     assert probe.distance(base(kind, settings)(x).logits, expected) > 1e-3
-    assert report["logit_error"] <= report["tolerance"] == 1e-5
+    assert report["layer_error"] <= report["tolerance"] == 1e-5
     assert json.loads(json.dumps(report)) == report
 
 
@@ -88,10 +89,12 @@ def test_the_merged_model_on_disk_computes_what_base_and_adapter_compute(tmp_pat
 @pytest.mark.parametrize("name", ["norms, biases", "new rows, tied, scaled"])
 def test_every_type_keeps_its_bound_and_reports_what_rounding_took(tmp_path, name, stored, dtype):
     kind, settings = CASES[name]
-    _, adapter = on_disk(tmp_path, kind, stored, **settings)
+    live, adapter = on_disk(tmp_path, kind, stored, **settings)
     report = merge(tmp_path / "adapter", tmp_path / "merged", dtype, SCREEN)
     assert report["dtype"] == dtype
-    assert report["logit_error"] <= TOLERANCES[dtype]
+    assert report["layer_error"] <= report["tolerance"]
+    x, bound = ids(), TOLERANCES[dtype] + (TOLERANCES[stored] if stored != "float32" else 0)
+    assert probe.distance(reloaded(tmp_path / "merged")(x).logits, live(x).logits) <= bound
     with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
         assert {str(file.get_tensor(key).dtype) for key in file.keys()} == {f"torch.{dtype}"}  # noqa: SIM118
     layer = adapter.plan.layers[3]
@@ -135,10 +138,10 @@ def test_without_a_dtype_the_merged_model_is_stored_as_the_base_is(tmp_path):
 
 def test_a_change_that_rounding_swallows_is_warned_of(tmp_path, capsys):
     on_disk(tmp_path, size=0.003)
-    lost = merge(tmp_path / "adapter", tmp_path / "narrow", "bfloat16", SCREEN)["effect_lost"]
+    lost = merge(tmp_path / "adapter", tmp_path / "narrow", "bfloat16", SCREEN)["median_layer_loss"]
     assert lost > 0.5
-    assert f"{lost:.0%} of what the adapter changes" in capsys.readouterr().err.replace("\n", " ")
-    assert merge(tmp_path / "adapter", tmp_path / "wide", None, SCREEN)["effect_lost"] < 0.05
+    assert f"{lost:.0%} of what the adapter moves them" in capsys.readouterr().err.replace("\n", " ")
+    assert merge(tmp_path / "adapter", tmp_path / "wide", None, SCREEN)["median_layer_loss"] < 0.05
     assert "--dtype float32" not in capsys.readouterr().err
 
 
@@ -235,30 +238,23 @@ def _with_new_rows(language: models.LanguageModel):
 
 def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
     live, _ = on_disk(tmp_path)
-    monkeypatch.setattr(merge_story, "SHARD", "20KB")
+    monkeypatch.setattr(rewrite, "SHARD", 20_000)
     merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN)
     assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 3
     x = ids()
     assert probe.distance(reloaded(tmp_path / "merged")(x).logits, live(x).logits) <= 1e-5
 
 
-def test_one_model_at_a_time_is_in_memory(tmp_path, monkeypatch):
+def test_no_model_is_ever_loaded(tmp_path, monkeypatch):
+    """Memory grows with the largest layer; what it comes to is measured by scripts/bench/merge.py."""
     on_disk(tmp_path)
-    loaded, load = [], models.load
 
-    def watched(*arguments: Any) -> models.LanguageModel:
-        assert all(each() is None for each in loaded), "another model is still in memory"
-        language = load(*arguments)
-        loaded.append(weakref.ref(language.model))
-        return language
+    def never(*arguments: Any) -> None:
+        raise AssertionError("a whole model was loaded")
 
-    monkeypatch.setattr(models, "load", watched)
-    gc.disable()
-    try:
-        merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN)
-    finally:
-        gc.enable()
-    assert len(loaded) == 2
+    monkeypatch.setattr(models, "load", never)
+    monkeypatch.setattr(models, "_weights", never)
+    merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN)
 
 
 def test_rows_of_the_recipe_are_compared_where_they_can_be_read(tmp_path, rows_file):
@@ -368,39 +364,44 @@ def test_a_merge_that_computes_something_else_is_not_done(tmp_path, monkeypatch,
     right = inject.merge
 
     def without_one_layer(model: Any, adapter: Any, into: Any) -> dict[str, float]:
-        adapter.deltas["model.layers.1.mlp.down_proj"].scale = 0.0
+        for name, delta in adapter.deltas.items():
+            delta.scale = 0.0 if name == "model.layers.1.mlp.down_proj" else delta.scale
         return right(model, adapter, into)
 
     monkeypatch.setattr(inject, "merge", without_one_layer)
     error = refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.VERIFICATION, dtype)
-    assert "away from those of base and adapter" in str(error)
+    assert "model.layers.1.mlp.down_proj is" in str(error)
+    assert "away from what base and adapter compute" in str(error)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_file_that_holds_something_else_is_not_done(tmp_path, monkeypatch, dtype):
     on_disk(tmp_path)
-    save = merge_story._save
+    write = rewrite.write
 
-    def damaged(language: models.LanguageModel, made: Path) -> None:
-        with torch.no_grad():
-            language.model.model.norm.weight[5] *= 1.01
-        save(language, made)
+    def damaged(work: Any, made: Path) -> Any:
+        written = write(work, made)
+        file = made / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-random.randint(1, 2000)] ^= 1
+        file.write_bytes(content)
+        return written
 
-    monkeypatch.setattr(merge_story, "_save", damaged)
+    monkeypatch.setattr(rewrite, "write", damaged)
     error = refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.VERIFICATION, dtype)
     assert "read back" in str(error)
 
 
 def test_a_tokenizer_that_was_not_carried_along_is_not_done(tmp_path, monkeypatch):
     on_disk(tmp_path)
-    save = merge_story._save
+    save = merge_story._save_the_rest
 
-    def without_template(language: models.LanguageModel, made: Path) -> None:
-        save(language, made)
+    def without_template(work: Any, made: Path, dtype: str) -> None:
+        save(work, made, dtype)
         tiny.tokenizer(chat_template=None).save_pretrained(made)
         (made / "chat_template.jinja").unlink()
 
-    monkeypatch.setattr(merge_story, "_save", without_template)
+    monkeypatch.setattr(merge_story, "_save_the_rest", without_template)
     assert "read back" in str(refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.VERIFICATION))
 
 

@@ -42,7 +42,7 @@ from lora_cli.run import prepare
 from lora_cli.run.check import check
 from lora_cli.run.evaluate import evaluate
 from lora_cli.run.folder import RunFolder
-from lora_cli.run.merge import TOLERANCES, merge
+from lora_cli.run.merge import merge
 from lora_cli.run.open import open_model
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
@@ -711,7 +711,7 @@ def test_a_trained_adapter_merged_is_base_and_adapter_and_both_stay_as_they_were
     (tmp_path / "rows.jsonl").unlink()  # nothing but the adapter knows how it was trained
     x = torch.tensor([ids])
     before = contents(tmp_path / "base"), contents(tmp_path / "run")
-    for dtype, bound in (("float32", 1e-5), ("bfloat16", TOLERANCES["bfloat16"])):
+    for dtype, bound in (("float32", 1e-5), ("bfloat16", 3e-2)):
         merged = tmp_path / dtype
         merge(folder, merged, dtype, Screen())
         alone = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()

@@ -89,19 +89,21 @@ def write(
     io_ops.write_json(folder / OURS, ours.model_dump(mode="json"))
 
 
-def plan_of(saved: Saved, model: nn.Module, ends: Ends) -> Plan:
+def plan_of(saved: Saved, model: nn.Module, ends: Ends, weights: Mapping[str, Tensor] | None = None) -> Plan:
     """The plan that the saved tensors fit, checked against the model: every name, every shape, and the base.
 
     Args:
         saved: what `read` gave.
         model: plain; no other adapter is active on it.
         ends: its embeddings and its output head.
+        weights: parameter name -> its content, where the model is on the meta device.
 
     Raises:
         UserError: a tensor is missing, fits nowhere or has another shape, or the base is another one.
     """
     known = peft_format.plain_parameters(model)
-    tensors = {key: t for key, t in saved.tensors.items() if not _is_the_bases(key, t, known)}
+    contents = known if weights is None else weights
+    tensors = {key: t for key, t in saved.tensors.items() if not _is_the_bases(key, t, known, contents)}
     saved = replace(saved, tensors=tensors)
     ends = replace(ends, tied=ends.tied and _stay_tied(saved, ends))
     layers = tuple(_spec(name, saved, model) for name in _layers(saved, model))
@@ -112,7 +114,7 @@ def plan_of(saved: Saved, model: nn.Module, ends: Ends) -> Plan:
     plan = replace(plan, also=tuple(name for name in known if name in others))
     _check_tensors(saved, peft_format.shapes(plan, model))
     theirs = saved.ours.base_fingerprint
-    if theirs is not None and theirs != fingerprint(model, plan):
+    if theirs is not None and theirs != fingerprint(model, plan, weights):
         raise saved.mismatch("it was trained on a base with other weights")
     return plan
 
@@ -124,7 +126,7 @@ def fill(adapter: Adapter, saved: Saved) -> None:
         peft_format.take(adapter, saved.tensors)
 
 
-def fingerprint(model: nn.Module, plan: Plan) -> str:
+def fingerprint(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None = None) -> str:
     """A short hash over the shapes of every adapted W0 and the signs of a sample of its weights.
 
     Signs survive every rounding, so a base has one fingerprint in float32, bfloat16 and float16; other weights have
@@ -133,23 +135,30 @@ def fingerprint(model: nn.Module, plan: Plan) -> str:
     digest = hashlib.sha256()
     for spec in sorted(plan.layers, key=lambda spec: spec.name):
         digest.update(f"{spec.name}:{spec.in_features}x{spec.out_features}".encode())
-        digest.update(_signs(model.get_submodule(spec.name)).cpu().numpy().tobytes())
+        signs = (
+            _signs(model, spec.name) if weights is None else _sampled_signs(weights[f"{spec.name}.weight"])
+        )
+        digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def note_signs(model: nn.Module, plan: Plan) -> None:
     """Note what the fingerprint is made of: of a base that is shared out, no process has all of it to look at."""
     for spec in plan.layers:
-        module = model.get_submodule(spec.name)
-        module.register_buffer(SIGNS, _signs(module), persistent=False)
+        model.get_submodule(spec.name).register_buffer(SIGNS, _signs(model, spec.name), persistent=False)
 
 
-def _signs(module: nn.Module) -> Tensor:
+def _signs(model: nn.Module, layer: str) -> Tensor:
+    module = model.get_submodule(layer)
     noted = dict(module.named_buffers(recurse=False)).get(SIGNS)
     if noted is not None:
         return noted
     assert isinstance(module.weight, Tensor), "a layer that can be adapted has a weight"
-    flat = module.weight.detach().flatten()
+    return _sampled_signs(module.weight)
+
+
+def _sampled_signs(weight: Tensor) -> Tensor:
+    flat = weight.detach().flatten()
     sample = flat[:: max(flat.numel() // SAMPLED_WEIGHTS, 1) | 1]  # odd, to go through all columns
     return torch.signbit(sample)
 
@@ -239,11 +248,14 @@ def _ids_of(module: str, asked: list[int] | dict[str, list[int]] | None) -> list
     return asked or []
 
 
-def _is_the_bases(key: str, stored: Tensor, known: Mapping[str, Tensor]) -> bool:
+def _is_the_bases(
+    key: str, stored: Tensor, known: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> bool:
     """Whether it is the base's own weight, which PEFT saves beside adapted embeddings in whatever type it had."""
-    weight = known.get(peft_format.parameter_of(key))
-    if not key.endswith(".base_layer.weight") or weight is None or weight.shape != stored.shape:
+    name = peft_format.parameter_of(key)
+    if not key.endswith(".base_layer.weight") or name not in known or known[name].shape != stored.shape:
         return False
+    weight = weights[name]
     low = min(weight.dtype, stored.dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(weight.detach().cpu().to(low), stored.to(low))
 

@@ -3,6 +3,7 @@
 The base's own tensors are never written to: what is trained in full, or moved, is swapped in beside the original.
 """
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from lora_cli.adapter.seed import generator_of
 from lora_cli.adapter.start import Start
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
+
+ROWS_AT_ONCE = 1024
 
 
 @dataclass
@@ -118,7 +121,11 @@ class Adapter:
 
 
 def inject(
-    model: nn.Module, plan: Plan, seed: int = 0, statistics: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    plan: Plan,
+    seed: int = 0,
+    statistics: Mapping[str, Tensor] | None = None,
+    shared: Shared | None = None,
 ) -> Adapter:
     """Freeze the model, wrap the planned layers, draw the first ΔW, and return the active adapter.
 
@@ -127,9 +134,10 @@ def inject(
         plan: what to adapt.
         seed: the factors depend on it and on the layer's name only, not on device or order.
         statistics: layer -> what the init asked to be measured of it.
+        shared: what the layers have in common with others, where the plan is a part of a larger one.
     """
     model.requires_grad_(False)
-    shared = Shared(plan.shared, seed)
+    shared = shared or shared_of(plan, seed)
     found = statistics or {}
     layers = {spec.name: _wrap(model, spec, plan, seed, shared, found.get(spec.name)) for spec in plan.layers}
     adapter = Adapter(model, plan, layers, _new_rows(model, plan), shared=shared.tensors)
@@ -137,6 +145,11 @@ def inject(
     adapter.also = _copies(adapter.originals, plan.ends.tied)
     adapter.activate()
     return adapter
+
+
+def shared_of(plan: Plan, seed: int = 0) -> Shared:
+    """What the layers of a plan have in common; each tensor is made by the first layer that asks for it."""
+    return Shared(plan.shared, seed)
 
 
 @contextmanager
@@ -172,7 +185,7 @@ def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) 
         W0 = adapter.original_weight(name)
         original = adapter.originals.get(f"{name}.weight", _get(model, f"{name}.weight"))
         stored = rounded(W, dtype or original.dtype, name)
-        lost[name] = _lost(stored, W, W0)
+        lost[name] = lost_by(stored, W, W0)
         bias = None if bias is None else rounded(bias, stored.dtype, name)
         model.set_submodule(name, layer.base.replaced(stored, bias))
     for name, parameter in adapter.also.items():
@@ -180,7 +193,7 @@ def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) 
             continue  # it was active, so it is part of what was merged
         original = adapter.originals[name]
         stored = rounded(parameter.detach(), dtype or original.dtype, name)
-        lost[name] = _lost(stored, parameter.detach(), original.detach().float())
+        lost[name] = lost_by(stored, parameter.detach(), original.detach().float())
         _put(model, name, nn.Parameter(stored, requires_grad=False))
     _tie_again(model, adapter.plan.ends)
     return lost
@@ -232,9 +245,14 @@ def rounded(W: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return stored
 
 
-def _lost(stored: Tensor, W: Tensor, W0: Tensor) -> float:
-    change = torch.linalg.norm(W - W0).item()
-    return torch.linalg.norm(stored.float() - W).item() / change if change else 0.0
+def lost_by(stored: Tensor, W: Tensor, W0: Tensor) -> float:
+    """‖stored − W‖ / ‖W − W0‖; some rows at a time, as all three may be large."""
+    lost = change = 0.0
+    blocks = (torch.atleast_1d(each).split(ROWS_AT_ONCE) for each in (stored, W, W0))
+    for low, wide, before in zip(*blocks, strict=True):
+        lost += (low.float() - wide).square().sum().item()
+        change += (wide - before).square().sum().item()
+    return math.sqrt(lost / change) if change else 0.0
 
 
 def _wrap(

@@ -67,6 +67,10 @@ class Examples:
         self.counts = Counts(**index["counts"])
         self.max_id: int = index["max_id"]
         """Largest id of all, to be compared with the model's vocabulary."""
+        self.longest: int = index["longest"]
+        """Tokens of the longest example, as it is learned."""
+        self.of_source = tuple(index["of_source"].get(str(source), 0) for source in range(len(weights)))
+        """Examples of each source."""
         self._files: list[str] = index["files"]
         self._ids = np.memmap(folder / IDS, dtype=index["dtype"], mode="r")
         self._trained = np.memmap(folder / TRAINED, dtype=np.uint8, mode="r")
@@ -240,7 +244,8 @@ class _Writer:
         self.counts = Counts()
         self.folder = folder
         self.dtype = "<u2" if largest_id < 2**16 else "<u4"
-        self.max_id = self.tokens_at = self.bits_at = 0
+        self.max_id = self.longest = self.tokens_at = self.bits_at = 0
+        self.of_source: dict[int, int] = {}
         self.files: dict[str, int] = {}
         self.opened = ExitStack()
 
@@ -271,6 +276,8 @@ class _Writer:
         self.bits_at += len(bits)
         self._offset()
         self.max_id = max(self.max_id, *example.input_ids)
+        self.longest = max(self.longest, length)
+        self.of_source[source] = self.of_source.get(source, 0) + 1
         self.counts.examples += 1
         self.counts.tokens += length
         self.counts.trained_tokens += learned
@@ -282,6 +289,8 @@ class _Writer:
             "counts": asdict(self.counts),
             "dtype": self.dtype,
             "max_id": self.max_id,
+            "longest": self.longest,
+            "of_source": self.of_source,
             "files": list(self.files),
             "sizes": {name: (self.folder / name).stat().st_size for name in self.append},
         }

@@ -6,7 +6,7 @@ Which examples a step learns is a pure function of (seed, epoch): there is nothi
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from inspect import signature
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -29,33 +29,50 @@ class Documents(Protocol):
 # Order
 
 
+def epoch_length(examples: Documents) -> int:
+    """How many examples an epoch has, told from their counts alone."""
+    if not _weighted(examples):
+        return len(examples)
+    counted = zip(examples.of_source, examples.weights, strict=True)
+    return sum(int(weight) * count + _in_part(count, weight) for count, weight in counted)
+
+
 def epoch_order(examples: Documents, seed: int, epoch: int) -> np.ndarray:
     """Indices of the examples in the order of one epoch, int64; the same for the same arguments.
 
     An example of a source with weight 2 stands in it twice, one with weight 0.5 in every second epoch. All epochs
     have the same length.
     """
-    if not isinstance(examples, Examples) or all(weight == 1 for weight in examples.weights):
-        chosen = np.arange(len(examples), dtype=np.int64)
-    else:
-        of = examples.sources
-        each = [
-            _share(np.flatnonzero(of == source), weight, seed, source, epoch)
-            for source, weight in enumerate(examples.weights)
-        ]
-        chosen = np.concatenate(each)
-    return chosen[np.random.default_rng([seed, epoch]).permutation(len(chosen))]
+    order = np.random.default_rng([seed, epoch]).permutation(epoch_length(examples))
+    return _chosen(examples, seed, epoch)[order] if _weighted(examples) else order
+
+
+def _weighted(examples: Documents) -> TypeGuard[Examples]:
+    return isinstance(examples, Examples) and any(weight != 1 for weight in examples.weights)
+
+
+def _chosen(examples: Examples, seed: int, epoch: int) -> np.ndarray:
+    """The examples of an epoch, source by source."""
+    of = examples.sources
+    each = [
+        _share(np.flatnonzero(of == source), weight, seed, source, epoch)
+        for source, weight in enumerate(examples.weights)
+    ]
+    return np.concatenate(each)
 
 
 def _share(of: np.ndarray, weight: float, seed: int, source: int, epoch: int) -> np.ndarray:
     """Each example floor(weight) times, and the fraction as a window that moves on over a shuffled ring."""
-    whole = int(weight)
-    count = round((weight - whole) * len(of))
-    if whole == 0 and len(of):
-        count = max(count, 1)
+    count = _in_part(len(of), weight)
     ring = np.random.default_rng([seed, source, len(of)]).permutation(of)
     window = (np.arange(count) + epoch * count) % max(len(of), 1)
-    return np.concatenate([np.tile(of, whole), ring[window]])
+    return np.concatenate([np.tile(of, int(weight)), ring[window]])
+
+
+def _in_part(count: int, weight: float) -> int:
+    """How many examples of a source stand in an epoch once more than the others; one at least, where it is all."""
+    more = round((weight - int(weight)) * count)
+    return max(more, 1) if weight < 1 and count else more
 
 
 # Micro-batches

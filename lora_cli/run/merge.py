@@ -1,52 +1,42 @@
-"""`lora merge`: a plain model with the adapter in its weights, proven to compute the same. Read `merge` first."""
+"""`lora merge`: a plain model with the adapter in its weights, proven to compute the same. Read `merge` first.
 
-import hashlib
-from dataclasses import dataclass
+The base is read, merged and written layer by layer: memory grows with the largest layer, never with the model. The
+proof is made in the same way, so that it is the same one for a model that fits nowhere:
+
+- every merged layer computes what its base and adapter compute side by side, before it is rounded;
+- every tensor that was written is read back, and is to the bit what was computed, or what the base has;
+- what was written is a whole model with the ends that it should have, and its tokenizer does the same.
+"""
+
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from lora_cli import io_ops
 from lora_cli import model as models
-from lora_cli.adapter import files, inject
-from lora_cli.adapter.inject import without_adapters
+from lora_cli.adapter import files
+from lora_cli.adapter.saved import Saved
 from lora_cli.data import template
 from lora_cli.data.tokens import encode
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.model import DTYPES, LanguageModel
-from lora_cli.recipe.schema import ModelRecipe
-from lora_cli.run import probe
-from lora_cli.run.open import Opened, adapter_in, open_model, refuse_inside, refuse_routed
+from lora_cli.model import DTYPES
+from lora_cli.recipe.schema import ModelRecipe, Recipe
+from lora_cli.run import probe, rewrite
+from lora_cli.run.open import adapter_in, base_of, refuse_inside, refuse_routed, trained_with
+from lora_cli.run.rewrite import Rewriting, digest
+from lora_cli.run.weights import Weights, open_weights
 from lora_cli.screen import Screen
+from lora_cli.stored import Entry, open_stored
 
-TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
-"""Largest ‖merged − live‖ / ‖live‖ of logits, both computed in float32: what rounding the weights may do to them.
-
-float16 rounds every weight by up to 2^-11 of itself, bfloat16 by 2^-8; measured on a model of 30 blocks, that moves
-the logits by 0.1 % and up to 1 %. A mistake moves them by what the adapter learned, or by everything.
-"""
-SHARE_TO_WARN = 0.1
+TOLERANCE = 1e-5
+"""Largest ‖merged − live‖ / ‖live‖ of what a layer computes, both in float32."""
+SHARE_TO_WARN = 0.5
 WORST = 5
 """Layers that are shown."""
-SHARD = "4GB"
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is remembered of the model that was written, to hold the one that is read back against it."""
-
-    rows: list[Tensor]
-    base: Tensor
-    """Logits of the base on the rows, float32 [positions, vocabulary]."""
-    live: Tensor
-    """Logits of base and adapter side by side."""
-    digests: dict[str, str]
-    """Of every merged tensor."""
-    tokenizer: Any
 
 
 def merge(
@@ -54,12 +44,10 @@ def merge(
 ) -> dict[str, Any]:
     """Merge the adapter in `path` into its base and write the model to `output`; return what it cost.
 
-    One model at a time is in memory: the merged one is dropped before it is read back.
-
     Args:
         path: adapter folder or run folder.
         output: folder to make.
-        dtype: type of the merged weights; default: that of the base's files.
+        dtype: type of the merged weights; default: each keeps that of the base's files.
         screen: where the losses are shown.
         base: use this model instead of the one the adapter names.
 
@@ -69,75 +57,65 @@ def merge(
     """
     folder = adapter_in(path)
     refuse_routed(folder)
-    source = _source(folder, base)
-    refuse_inside(output, folder, Path(source.name))
-    # Some models round constants of theirs to the type they are loaded in, so float32 starts from float32.
-    loaded_as = dtype if dtype == "float32" else source.dtype
+    saved, trained = files.read(folder), trained_with(folder)
+    recipe = _source(saved, trained, base)
+    refuse_inside(output, folder, Path(recipe.name))
     with io_ops.new_folder(output) as made:
-        # No variable holds what is opened: it is gone before `_verify` reads the new model.
-        expected, lost = _write(open_model([folder], base=base, dtype=loaded_as), made, dtype, screen)
-        report = {"output": str(output), **_verify(made, expected)}
-    report |= {"median_layer_loss": median(lost.values()), "layer_losses": lost}
+        weights = open_weights(recipe)
+        plan = files.plan_of(saved, weights.language.model, weights.language.ends, weights)
+        work = rewrite.prepare(weights, saved, plan, None if dtype is None else DTYPES[dtype])
+        _use_template(weights, trained, screen)
+        written = rewrite.write(work, made)
+        _check_layers(work)
+        _save_the_rest(work, made, _type_of(written))
+        _read_back(work, written, made)
+    report = {"output": str(output), **_report(work, _type_of(written))}
     _show(report, screen)
     return report
 
 
-def _source(folder: Path, base: str | None) -> ModelRecipe:
-    """The base as it is on disk."""
-    saved = files.read(folder)
-    name = base or saved.base
-    if name is None:
-        fix = "give it with --base"
-        raise UserError("the adapter does not name its base", where=str(folder), fix=fix, code=ExitCode.MODEL)
-    revision = None if base else saved.config.revision
-    recipe = ModelRecipe.model_validate({"name": name, "revision": revision})
-    return recipe.model_copy(update={"dtype": models.dtype_on_disk(recipe)})
+def _source(saved: Saved, trained: Recipe | None, base: str | None) -> ModelRecipe:
+    """The base, with the tokens that were added to it."""
+    if base is None and saved.base is None:
+        what, fix = "the adapter does not name its base", "give it with --base"
+        raise UserError(what, where=str(saved.folder), fix=fix, code=ExitCode.MODEL)
+    return base_of({"": saved}, trained, base, None)
 
 
-def _write(
-    opened: Opened, made: Path, dtype: str | None, screen: Screen
-) -> tuple[Expected, dict[str, float]]:
-    """Merge and save; nothing of the model lives on but what it computed."""
-    (adapter,) = opened.adapters.values()
-    language, model = opened.language, opened.language.model
-    inject.refuse_unmergeable(adapter)
-    _use_template(opened, screen)
-    rows = probe.rows_for(language, opened.recipe)
-    live = probe.logits(model, rows)
-    with without_adapters(adapter):
-        plain = probe.logits(model, rows)
-    lost = inject.merge(model, adapter, None if dtype is None else DTYPES[dtype])
-    _cast(language, dtype)
-    expected = Expected(rows, plain, live, _digests(model), language.tokenizer)
-    _save(language, made)
-    return expected, lost
-
-
-def _use_template(opened: Opened, screen: Screen) -> None:
+def _use_template(weights: Weights, trained: Recipe | None, screen: Screen) -> None:
     """The merged model speaks in the template that the adapter learned."""
-    if opened.recipe is None:
+    if trained is None:
         return
     try:
-        template.use(opened.language.tokenizer, opened.recipe.data.chat_template)
+        template.use(weights.language.tokenizer, trained.data.chat_template)
     except UserError as error:
         screen.warn(f"{error.what}; the merged model has its base's")
 
 
-def _cast(language: LanguageModel, dtype: str | None) -> None:
-    """Give the rest of the model the type too, and let the config say whether the ends are still one tensor."""
-    model = language.model
-    if dtype is not None:
-        for name, parameter in model.named_parameters():
-            parameter.data = inject.rounded(parameter.data, DTYPES[dtype], name)
-    embeddings, head = models.end_modules(model)
-    if embeddings.weight is not head.weight:
-        model.config.tie_word_embeddings = False
+def _type_of(written: dict[str, Entry]) -> str:
+    """The type that most of a model is written in."""
+    sizes: dict[str, int] = {}
+    for entry in written.values():
+        name = str(entry.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + entry.size
+    return max(sizes, key=lambda name: sizes[name])
 
 
-def _save(language: LanguageModel, made: Path) -> None:
+def _save_the_rest(work: Rewriting, made: Path, dtype: str) -> None:
+    """Config, generation settings and tokenizer."""
+    language, recipe = work.weights.language, work.weights.stored.recipe
+    model, config = language.model, language.model.config
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    if not work.tied:
+        config.tie_word_embeddings = False
     try:
-        language.model.save_pretrained(made, max_shard_size=SHARD)
-        language.tokenizer.save_pretrained(made)
+        with TemporaryDirectory() as elsewhere:  # what other libraries write goes through io_ops in the end
+            config.save_pretrained(elsewhere)
+            if model.can_generate():
+                _generation(recipe, model.generation_config).save_pretrained(elsewhere)
+            language.tokenizer.save_pretrained(elsewhere)
+            for file in sorted(path for path in Path(elsewhere).rglob("*") if path.is_file()):
+                io_ops.write_bytes(made / file.relative_to(elsewhere), file.read_bytes())
     except (OSError, SafetensorError) as error:
         fix = "see that the disk has room for the model"
         raise UserError(f"cannot write ({error})", where=str(made), fix=fix, code=ExitCode.DISK) from error
@@ -146,34 +124,47 @@ def _save(language: LanguageModel, made: Path) -> None:
         raise UserError(f"cannot save: {error}", where="the base", fix=fix, code=ExitCode.MODEL) from error
 
 
-def _digests(model: nn.Module) -> dict[str, str]:
-    """A hash of type, shape and content of every tensor that is saved."""
-    digests: dict[str, str] = {}
-    for name, tensor in model.state_dict().items():
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digests[name] = f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
-    return digests
+def _generation(recipe: ModelRecipe, default: Any) -> Any:
+    """What comes with the base; most models have a file, for the others the config says it."""
+    try:
+        return GenerationConfig.from_pretrained(recipe.name, revision=recipe.revision or "main")
+    except OSError:
+        return default
 
 
-def _verify(made: Path, expected: Expected) -> dict[str, Any]:
-    """Read the model back and compare.
+# ---- proof --------------------------------------------------------------------------------------------------------
+
+
+def _check_layers(work: Rewriting) -> None:
+    """Every layer of the plan is merged, and computes what it did before.
 
     Raises:
-        UserError: it is not what was merged, or rounding took it too far from base and adapter.
+        UserError: one does not.
     """
-    recipe = ModelRecipe.model_validate({"name": str(made)})
-    recipe = recipe.model_copy(update={"dtype": models.dtype_on_disk(recipe)})
-    language = models.load(recipe)
-    if _digests(language.model) != expected.digests or not _same(language.tokenizer, expected.tokenizer):
+    missing = sorted({spec.name for spec in work.plan.layers} - work.lost.keys())
+    if missing:
+        raise _wrong(f"{len(missing)} layers are not in it, such as {missing[0]}", "")
+    for name, error in work.errors.items():
+        if not error <= TOLERANCE:
+            what = f"{name} is {error:.1e} away from what base and adapter compute, more than {TOLERANCE:.0e}"
+            raise _wrong(what, "")
+
+
+def _read_back(work: Rewriting, written: dict[str, Entry], made: Path) -> None:
+    """Hold what is on the disk against what was computed.
+
+    Raises:
+        UserError: it is not the same.
+    """
+    again, tokenizer = ModelRecipe.model_validate({"name": str(made)}), work.weights.language.tokenizer
+    found = open_stored(again)
+    if (
+        found.entries != written
+        or models.ends_of(found.skeleton).tied != work.tied
+        or any(digest(entry, found.blocks(name)) != work.digests[name] for name, entry in written.items())
+        or not _same(models.load_tokenizer(again), tokenizer)
+    ):
         raise _wrong("what was read back is not what was merged", "run the same command again")
-    again = probe.logits(language.model, expected.rows)
-    error, tolerance = probe.distance(again, expected.live), TOLERANCES[recipe.dtype]
-    if not error <= tolerance:
-        what = f"its logits are {error:.1e} away from those of base and adapter, more than {tolerance:.0e}"
-        raise _wrong(what, "merge with --dtype float32" if recipe.dtype != "float32" else "")
-    change = torch.linalg.norm(expected.live - expected.base).item()
-    lost = torch.linalg.norm(again - expected.live).item() / change if change else None
-    return {"dtype": recipe.dtype, "logit_error": error, "tolerance": tolerance, "effect_lost": lost}
 
 
 def _same(found: Any, expected: Any) -> bool:
@@ -189,20 +180,33 @@ def _wrong(what: str, fix: str) -> UserError:
     return UserError(what, where="the merged model", fix=fix, code=ExitCode.VERIFICATION)
 
 
+# ---- report -------------------------------------------------------------------------------------------------------
+
+
+def _report(work: Rewriting, dtype: str) -> dict[str, Any]:
+    lost = dict(work.lost)
+    return {
+        "dtype": dtype,
+        "layer_error": max(work.errors.values(), default=0.0),
+        "tolerance": TOLERANCE,
+        "median_layer_loss": median(lost.values()),
+        "layer_losses": lost,
+    }
+
+
 def _show(report: dict[str, Any], screen: Screen) -> None:
-    losses, share = report["layer_losses"], report["effect_lost"]
+    losses, share = report["layer_losses"], report["median_layer_loss"]
     if max(losses.values()) > 0:
         worst = sorted(losses.items(), key=lambda item: -item[1])[:WORST]
         screen.table(["layer", f"error of rounding to {report['dtype']}, as a share of ΔW"], worst)
-        screen.note(f"median of {len(losses)} layers: {report['median_layer_loss']:.2g}")
+        screen.note(f"median of {len(losses)} layers: {share:.2g}")
     screen.note(
-        f"merged into {report['output']} ({report['dtype']}); read back, its logits differ from those of base and "
-        f"adapter by {report['logit_error']:.1e} (at most {report['tolerance']:.0e} is let through)"
+        f"merged into {report['output']} ({report['dtype']}); read back, every tensor is what was computed, and each "
+        f"merged layer computes what base and adapter do, to {report['layer_error']:.1e} "
+        f"(at most {report['tolerance']:.0e} is let through)"
     )
-    if share is None:
-        screen.warn("the adapter changes nothing on the rows that were compared")
-    elif share > SHARE_TO_WARN:
+    if share > SHARE_TO_WARN:
         screen.warn(
-            f"rounding to {report['dtype']} changes the logits by {share:.0%} of what the adapter changes them; "
+            f"rounding to {report['dtype']} moves the weights by {share:.0%} of what the adapter moves them; "
             "--dtype float32 keeps all of it"
         )

@@ -65,7 +65,7 @@ def open_model(
         return Opened(models.load(recipe, device), {}, {}, None)
     saved = {name: files.read(folder) for name, folder in _named(adapters).items()}
     trained = trained_with(adapters[0])
-    language = models.load(_attending(_base_of(saved, trained, base, dtype), device), device)
+    language = models.load(_attending(base_of(saved, trained, base, dtype), device), device)
     opened = Opened(language, {}, saved, trained)
     for name, each in saved.items():
         opened.adapters[name] = _put_on(language, each)
@@ -155,9 +155,14 @@ def trained_with(folder: Path, overrides: Sequence[str] = ()) -> Recipe | None:
     return load(recipe, [*kept, *overrides]).recipe
 
 
-def _base_of(
+def base_of(
     saved: dict[str, Saved], trained: Recipe | None, base: str | None, dtype: str | None
 ) -> ModelRecipe:
+    """The model that adapters are on.
+
+    Raises:
+        UserError: they are on different ones, or name none.
+    """
     names = {each.base for each in saved.values()}
     if base is None and len(names) > 1:
         raise UserError(f"the adapters have different bases: {', '.join(sorted(map(str, names)))}")

@@ -109,9 +109,8 @@ def check_fit(model: PreTrainedModel, datasets: Datasets) -> None:
             raise UserError(
                 what, where="model.name", fix="use the model's own tokenizer", code=ExitCode.MODEL
             )
-        longest = int(examples.lengths.max())
-        if positions is not None and longest > positions:
-            what = f"the longest example has {longest} tokens, the model has {positions} positions"
+        if positions is not None and examples.longest > positions:
+            what = f"the longest example has {examples.longest} tokens, the model has {positions} positions"
             raise UserError(
                 what, where="data.max_length", fix=f"set it to {positions} at most", code=ExitCode.MODEL
             )

@@ -26,7 +26,7 @@ from lora_cli.adapter.inject import Adapter, tensors_of
 from lora_cli.adapter.lifecycle import Lifecycle
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import Batch
-from lora_cli.data.pack import epoch_order
+from lora_cli.data.pack import epoch_length, epoch_order
 from lora_cli.errors import ExitCode, UserError, some_of
 from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
@@ -129,7 +129,7 @@ class Training:
     @cached_property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may have fewer rows."""
-        return math.ceil(len(epoch_order(self.examples, self.train.seed, 0)) / self.train.batch_size)
+        return math.ceil(epoch_length(self.examples) / self.train.batch_size)
 
     @property
     def total_steps(self) -> int:

@@ -1,0 +1,79 @@
+"""W0: what a layer is merged onto. The one place that says so."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_cli import model as models
+from lora_cli.model import LanguageModel
+from lora_cli.recipe.schema import ModelRecipe
+from lora_cli.stored import Stored, open_stored
+
+
+@dataclass(frozen=True)
+class Weights(Mapping[str, Tensor]):
+    """Parameter -> W0, read when it is asked for, in the type that the files have it in."""
+
+    stored: Stored
+    language: LanguageModel
+    """On the meta device, with the tokens that the adapter's recipe adds."""
+    old_rows: int
+    """Of the embeddings in the files."""
+    held_as: dict[str, str]
+    """An end of the model that is not in the files -> the end that was tied to it, which is."""
+
+    def onto(self, name: str) -> Tensor:
+        """What ΔW is added to, float32: the base as it is stored, exactly."""
+        return self[name].float()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """As it is stored, with rows for new tokens as they were when training began."""
+        W, ids = self.stored.parameter(self.held_as.get(name, name)), self.language.new_rows
+        rows = self.language.model.get_parameter(name).shape[0] if self._grows(name) else 0
+        if rows > W.shape[0]:
+            W = torch.cat([W, torch.zeros(rows - W.shape[0], *W.shape[1:], dtype=W.dtype)])
+        if ids and name in self._ends():
+            models.start_rows(W, self.old_rows, ids)
+        return W
+
+    def as_stored(self, name: str) -> bool:
+        """Whether the files hold it just so."""
+        return name in self.stored.of and not (self.language.new_rows and self._grows(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that it is stored in."""
+        source = self.stored.of[self.held_as.get(name, name)]
+        return self.stored.entries[source.stored[0]].dtype
+
+    def __iter__(self) -> Iterator[str]:
+        """Every parameter, by all its names."""
+        return (name for name, _ in self.language.model.named_parameters(remove_duplicate=False))
+
+    def __len__(self) -> int:
+        """Number of them."""
+        return sum(1 for _ in self)
+
+    def _grows(self, name: str) -> bool:
+        ends = self.language.ends
+        return name.rpartition(".")[0] in (ends.embeddings, ends.head)
+
+    def _ends(self) -> tuple[str, str]:
+        return f"{self.language.ends.embeddings}.weight", f"{self.language.ends.head}.weight"
+
+
+def open_weights(recipe: ModelRecipe) -> Weights:
+    """Look at a base as an adapter's recipe has it; nothing but headers and the tokenizer is read.
+
+    Raises:
+        UserError: the model is missing, damaged, not complete, or not what the recipe says.
+    """
+    tokenizer = models.load_tokenizer(recipe)
+    stored = open_stored(recipe)
+    ends = models.ends_of(stored.skeleton)
+    names = [f"{end}.weight" for end in (ends.embeddings, ends.head)]
+    held = [name for name in names if name in stored.of]
+    old_rows = models.end_modules(stored.skeleton)[0].weight.shape[0]
+    language = models.with_tokens(stored.skeleton, tokenizer, recipe)
+    return Weights(stored, language, old_rows, {name: held[0] for name in names if name not in held})

@@ -1,0 +1,303 @@
+"""A model as it lies in its files, tensor by tensor: for what must not depend on how large the model is.
+
+The names in the files are not always those of the parameters, and a parameter may be made of several tensors (experts
+that are fused when they are loaded). transformers knows how; its tables are asked, in both directions.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from lora_cli import io_ops
+from lora_cli import model as models
+from lora_cli.recipe.schema import ModelRecipe
+
+KINDS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Types in a safetensors header."""
+NAMES = {kind: name for name, kind in KINDS.items()}
+BLOCK = 1 << 24
+"""Bytes that are read and written at a time."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of the files and the parameters that they become together; mostly one and one."""
+
+    stored: tuple[str, ...]
+    parameters: tuple[str, ...]
+    how: WeightConverter | None
+    """None where only the name changes, if anything does."""
+    patterns: tuple[str, ...] = ()
+    """Of `how`, which of its patterns each stored name matched."""
+
+
+@dataclass
+class Stored:
+    """The files of one model. Nothing is in memory but their headers."""
+
+    recipe: ModelRecipe
+    skeleton: PreTrainedModel
+    """On the meta device, with the shapes that the files have."""
+    entries: dict[str, Entry]
+    """In the order of the files."""
+    groups: list[Group]
+    others: list[str]
+    """Tensors that the model has no place for."""
+    files: dict[str, Any]
+    """Name of a tensor -> the open file that holds it."""
+    of: dict[str, Group] = field(default_factory=dict)
+    """Parameter -> what it is made of; only one of two that are tied is in the files."""
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The content of one tensor, some rows at a time."""
+        entry = self.entries[name]
+        with _damage(self.recipe):
+            if not entry.shape or entry.size <= BLOCK:
+                yield self.files[name].get_tensor(name)
+                return
+            rows, content = max(1, BLOCK * entry.shape[0] // entry.size), self.files[name].get_slice(name)
+            for start in range(0, entry.shape[0], rows):
+                yield content[start : min(start + rows, entry.shape[0])]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor whole."""
+        with _damage(self.recipe):
+            return self.files[name].get_tensor(name)
+
+    def values(self, group: Group) -> dict[str, Tensor]:
+        """The parameters that a group makes, as transformers would load them in the type they are stored in."""
+        return _forward(group, self.tensor, self.skeleton)
+
+    def reverted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters -> the tensors of the files that they would be read from."""
+        return revert_weight_conversion(self.skeleton, values)
+
+    def parameter(self, name: str) -> Tensor:
+        """One parameter, in the type it is stored in."""
+        return self.values(self.of[name])[name]
+
+
+def open_stored(recipe: ModelRecipe) -> Stored:
+    """Look at the files of a model, and at nothing but their headers.
+
+    Raises:
+        UserError: the model is missing, damaged, or not complete.
+    """
+    skeleton = models.skeleton(recipe)
+    entries: dict[str, Entry] = {}
+    files: dict[str, Any] = {}
+    for path in models.weight_files(recipe):
+        with _damage(recipe):
+            # Not mapped: what is read through a map stays in memory, as long as the system sees fit.
+            file = safe_open(path, framework="pt", backend="pread")
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                about = file.get_slice(name)
+                entries[name] = Entry(name, _kind(recipe, name, about.get_dtype()), tuple(about.get_shape()))
+                files[name] = file
+    groups, others = _groups(recipe, skeleton, entries)
+    stored = Stored(recipe, skeleton, entries, groups, others, files)
+    stored.of = {name: group for group in groups for name in group.parameters}
+    _check(stored)
+    _untie_different(stored)
+    return stored
+
+
+def _kind(recipe: ModelRecipe, name: str, kind: str) -> torch.dtype:
+    if kind not in KINDS:
+        raise models.missing(recipe, f"{name} is stored as {kind}, which is not known")
+    return KINDS[kind]
+
+
+@contextmanager
+def _damage(recipe: ModelRecipe) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise models.missing(recipe, str(error).splitlines()[0]) from error
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+def _groups(
+    recipe: ModelRecipe, skeleton: PreTrainedModel, entries: Mapping[str, Entry]
+) -> tuple[list[Group], list[str]]:
+    """Which tensors become which parameters, as `from_pretrained` finds it."""
+    known = skeleton.state_dict()
+    conversions = get_model_conversion_mapping(skeleton)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    others: list[str] = []
+    for name in sorted(entries, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, known)
+        if target not in known and name in known:  # it has its final name already
+            target, pattern = rename_source_key(name, [], [], skeleton.base_model_prefix, known)
+        if target in known:
+            found.setdefault(target, []).append((name, pattern))
+        else:
+            others.append(name)
+    used = [each for each in conversions if each.was_used()]
+    skeleton._weight_conversions = used  # pyright: ignore[reportArgumentType] (read by revert_weight_conversion)
+    groups: list[Group] = []
+    for target, sources in found.items():
+        names, patterns = (tuple(column) for column in zip(*sources, strict=True))
+        if patterns[0] is None:
+            groups.append(Group(names[:1], (target,), None))
+            others += names[1:]
+            continue
+        group = Group(names, (target,), by_pattern[patterns[0]], patterns)
+        with _damage(recipe):
+            made = _forward(group, lambda name: _empty(entries[name]), skeleton)
+        groups.append(Group(names, tuple(made), group.how, patterns))
+    order = {name: number for number, name in enumerate(entries)}
+    return sorted(groups, key=lambda group: order[group.stored[0]]), others
+
+
+def _forward(group: Group, read: Callable[[str], Tensor], skeleton: PreTrainedModel) -> dict[str, Tensor]:
+    if group.how is None:
+        return {group.parameters[0]: read(group.stored[0])}
+    how = copy.deepcopy(group.how)
+    for name, pattern in zip(group.stored, group.patterns, strict=True):
+        how.add_tensor(
+            group.parameters[0], name, pattern, cast(Any, read(name))
+        )  # a Future, or what it gives
+    made = how.convert(group.parameters[0], model=skeleton, config=skeleton.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _empty(entry: Entry) -> Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def _check(stored: Stored) -> None:
+    """Refuse a model with parameters that its files do not hold, or hold in another shape."""
+    known = stored.skeleton.state_dict(keep_vars=True)
+    held = {id(known[name]) for name in stored.of}
+    ignored = stored.skeleton._keys_to_ignore_on_load_missing or ()
+    absent = [name for name, p in known.items() if id(p) not in held and not _matches(name, ignored)]
+    if absent:
+        what = f"{len(absent)} weights are missing, such as {sorted(absent)[0]}"
+        raise models.missing(stored.recipe, what)
+    for group in stored.groups:
+        made = _forward(group, lambda name: _empty(stored.entries[name]), stored.skeleton)
+        for name, value in made.items():
+            if name in known and value.shape != known[name].shape:
+                shapes = f"{tuple(value.shape)} instead of {tuple(known[name].shape)}"
+                raise models.missing(
+                    stored.recipe, f"{name} has another shape than config.json says: {shapes}"
+                )
+
+
+def _untie_different(stored: Stored) -> None:
+    """Ends that the files hold twice, differently, are two whatever the config says, as in transformers."""
+    ends = models.ends_of(stored.skeleton)
+    names = [f"{end}.weight" for end in (ends.embeddings, ends.head)]
+    if not ends.tied or not all(name in stored.of for name in names):
+        return
+    blocks = (stored.blocks(stored.of[name].stored[0]) for name in names)
+    if not all(torch.equal(*pair) for pair in zip(*blocks, strict=True)):
+        models._untie(stored.skeleton)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def write(
+    folder: Path, entries: Iterable[Entry], content: Callable[[Entry], Iterable[Tensor]], most: int
+) -> None:
+    """Write safetensors of at most `most` bytes (a larger tensor has one to itself), and their index.
+
+    What is written is known beforehand by name, type and shape, so one block at a time is in memory.
+
+    Args:
+        folder: exists; a temporary one, see `io_ops.new_folder`.
+        entries: what is written, in this order as far as the format lets it.
+        content: gives a tensor, in blocks of its rows.
+        most: bytes of a file.
+    """
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(each.size for each in shards[-1]) + entry.size > most:
+            shards.append([])
+        shards[-1].append(entry)
+    names = [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        # As safetensors itself writes them: with the wide types first, every tensor starts at a multiple of its width.
+        _write_shard(folder / name, sorted(shard, key=lambda each: -each.dtype.itemsize), content)
+    if len(shards) > 1:
+        held = {each.name: name for name, shard in zip(names, shards, strict=True) for each in shard}
+        total = sum(each.size for shard in shards for each in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": held}
+        io_ops.write_json(folder / models.SAFE_WEIGHTS_INDEX_NAME, index)
+
+
+def _shard_name(number: int, count: int) -> str:
+    return models.SAFE_WEIGHTS_NAME if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def _write_shard(path: Path, shard: list[Entry], content: Callable[[Entry], Iterable[Tensor]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in shard:
+        start, end = end, end + entry.size
+        about = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+        header[entry.name] = about
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with io_ops.appending(path) as append:
+        append(len(text).to_bytes(8, "little") + text)
+        for entry in shard:
+            size = 0
+            for block in content(entry):
+                assert block.dtype == entry.dtype, f"{entry.name} is {block.dtype}, not {entry.dtype}"
+                size += block.numel() * block.element_size()
+                append(raw(block))
+            assert size == entry.size, f"{entry.name} has {size} bytes, not {entry.size}"
+
+
+def raw(block: Tensor) -> memoryview:
+    """The bytes of a tensor, not copied."""
+    return block.detach().contiguous().flatten().view(torch.uint8).numpy().data
