@@ -14,7 +14,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ def new_folder(target: Path) -> Generator[Path]:
         _make(target.parent)
         temporary = _temporary_name(target)
         temporary.mkdir()
+        made = os.open(temporary, os.O_RDONLY)
     try:
+        with suppress(OSError):  # some network disks cannot; then `remove_abandoned` leaves it
+            fcntl.flock(made, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with _disk_errors(target, only=FULL):  # what other libraries write into it
             yield temporary
         with _disk_errors(target):
@@ -54,6 +57,29 @@ def new_folder(target: Path) -> Generator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(made)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left of `target`, which may be large, but not what one is at work on."""
+    with _disk_errors(target):
+        for path in target.parent.iterdir() if target.parent.is_dir() else ():
+            named = path.name.startswith(f"{TEMPORARY}{target.name}-") and LEFTOVER.fullmatch(path.name)
+            if named and path.is_dir() and not path.is_symlink() and _abandoned(path):
+                shutil.rmtree(path)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether nobody holds the lock that `new_folder` takes; the kernel frees that of a killed process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def make_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import stat
 from pathlib import Path
 
@@ -77,6 +78,25 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     io_ops.remove_leftovers(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [f"{io_ops.TEMPORARY}of-somebody-else", "step-000001"]
+
+
+def test_what_killed_processes_left_of_a_folder_is_removed_but_not_what_one_is_at_work_on(tmp_path):
+    target = tmp_path / "made"
+    child = os.fork()
+    if child == 0:
+        with io_ops.new_folder(target) as folder:
+            (folder / "half").write_bytes(b"of a model")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    assert io_ops.LEFTOVER.fullmatch(left.name)
+    (tmp_path / f"{io_ops.TEMPORARY}made too-99-0123abcd").mkdir()
+    (tmp_path / f"{io_ops.TEMPORARY}made-of-somebody-else").mkdir()
+    kept = {path.name for path in tmp_path.iterdir()} - {left.name}
+    with io_ops.new_folder(target) as folder:
+        io_ops.remove_abandoned(target)
+        assert {path.name for path in tmp_path.iterdir()} == kept | {folder.name}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"made"}
 
 
 def test_a_line_is_added_whole_or_not_at_all(tmp_path):

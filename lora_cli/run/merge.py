@@ -60,6 +60,7 @@ def merge(
     saved, trained = files.read(folder), trained_with(folder)
     recipe = _source(saved, trained, base)
     refuse_inside(output, folder, Path(recipe.name))
+    io_ops.remove_abandoned(output)
     with io_ops.new_folder(output) as made:
         weights = open_weights(recipe)
         plan = files.plan_of(saved, weights.language.model, weights.language.ends, weights)
