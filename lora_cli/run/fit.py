@@ -20,7 +20,8 @@ from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import prepare
 from lora_cli.screen import Screen, size
-from lora_cli.train.loop import Training, token_budget
+from lora_cli.train.gradient import shrink_alike, token_budget
+from lora_cli.train.loop import Training
 
 MARGIN = 0.95
 """Share of the free memory that a run is given: other programs take some, too."""
@@ -39,7 +40,7 @@ class Fitting:
         """Let a run take so much at once, in all processes what fits in each."""
         if self.max_tokens is not None and run.max_tokens is not None:
             run.max_tokens = self.max_tokens
-        run.shrink_alike()
+        shrink_alike(run)
 
 
 def fitted(
