@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from lora_cli import presets
+from lora_cli.adapter.inject import inject
+from lora_cli.adapter.plan import Plan
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import AdapterRecipe, Recipe
 from lora_cli.run import prepare
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
-from lora_cli.train.sharding import blocks
+from lora_cli.train.sharding import blocks, share_out
 from tests import tiny
 from tests.bench import Bench, result, root_of
 from tests.forking import Forker, forker
@@ -281,6 +284,15 @@ def test_a_base_whose_casts_would_be_kept_whole_is_refused(bench):
         prepare.load_model(recipe, Two())
     alone = of(bench, "llama", train={"precision": "bfloat16"})
     assert prepare.load_model(alone, Two()).model.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_a_base_in_few_bits_is_refused(dtype):
+    """Its codes would be whole in each process, and nobody would be told."""
+    model = tiny.model("llama")
+    model.model.layers[1].mlp.up_proj.register_buffer("codes", torch.zeros(4, dtype=dtype))
+    with pytest.raises(UserError, match=r"up_proj\.codes is quantised"):
+        share_out(model, inject(model, Plan(presets.resolve(AdapterRecipe()), ())), Two())
 
 
 @pytest.mark.parametrize("name", ["llama", "bf16"])

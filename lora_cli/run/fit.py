@@ -10,7 +10,15 @@ from lora_cli import attention
 from lora_cli import model as models
 from lora_cli.analyze import devices
 from lora_cli.analyze.devices import Device
-from lora_cli.analyze.memory import Case, at_most, blocks_to_recompute, largest, memory, tokens_at_once
+from lora_cli.analyze.memory import (
+    Case,
+    at_most,
+    blocks_to_recompute,
+    largest,
+    memory,
+    sharded,
+    tokens_at_once,
+)
 from lora_cli.analyze.rehearse import Rehearsal, rehearsal
 from lora_cli.analyze.steps import Documents, steps_of
 from lora_cli.data.load import Datasets
@@ -20,7 +28,8 @@ from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import prepare
 from lora_cli.screen import Screen, size
-from lora_cli.train.loop import Training, token_budget
+from lora_cli.train.gradient import shrink_alike, token_budget
+from lora_cli.train.loop import Training
 
 MARGIN = 0.95
 """Share of the free memory that a run is given: other programs take some, too."""
@@ -39,15 +48,20 @@ class Fitting:
         """Let a run take so much at once, in all processes what fits in each."""
         if self.max_tokens is not None and run.max_tokens is not None:
             run.max_tokens = self.max_tokens
-        run.shrink_alike()
+        shrink_alike(run)
 
 
 def fitted(
-    recipe: Recipe, language: LanguageModel, datasets: Datasets, device: torch.device, screen: Screen
+    recipe: Recipe,
+    language: LanguageModel,
+    datasets: Datasets,
+    device: torch.device,
+    screen: Screen,
+    sharing: int = 1,
 ) -> Fitting:
     """Do what `train.on_no_fit` says where the run would need more memory than is free.
 
-    Nothing is rehearsed where a plain bound says that there is plenty.
+    Nothing is rehearsed where a plain bound says that there is plenty. `sharing` processes share the base out.
 
     Raises:
         UserError: it does not fit, and is not to be tried, or cannot be made to.
@@ -74,10 +88,12 @@ def fitted(
         precision=prepare.precision_of(recipe, language.model, device),
     ) as rehearsed:
         case = largest(rehearsed, recipe.train, steps)
-        peak = memory(rehearsed, case, target).peak
+        whole = memory(rehearsed, case, target)
+        peak = sharded(whole, rehearsed, sharing).peak if sharing > 1 else whole.peak
         if peak <= limit:
             return Fitting(recipe)
         needs = f"the run needs about {size(peak, 1024)}B of memory, {size(limit, 1024)}B are free"
+        limit += whole.peak - peak  # what the others keep does not depend on how much is computed at once
         if recipe.train.on_no_fit == "warn":
             screen.warn(needs)
             return Fitting(recipe)
