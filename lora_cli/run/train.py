@@ -55,7 +55,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
             language = prepare.load_model(recipe, accelerator)
             cache = prepare.cache_folder(folder.root)
             datasets = processes.first_alone(lambda: prepare.load_data(recipe, language.tokenizer, cache))
-            fitting = fit.fitted(recipe, language, datasets, accelerator.device, screen)
+            fitting = fit.fitted(recipe, language, datasets, accelerator, screen)
             run = prepare.training(fitting.recipe, language, datasets, accelerator)
             fitting.apply(run)
             story = Story(recipe, screen, folder, language, datasets, run, Progress())

@@ -133,7 +133,7 @@ def _added_up(run: "Training", losses: list[Tensor], pieces: list[Tensor], enoug
         run.processes.sum([*gradients, loss, missing])
         short = run.processes.size > 1 and bool(missing)
     if short:
-        _shrink_alike(run)
+        shrink_alike(run)
         return None
     return loss
 
@@ -146,7 +146,7 @@ def _shrink(run: "Training", batch: Batch) -> None:
         run.max_rows = len(batch.rows) // 2
 
 
-def _shrink_alike(run: "Training") -> None:
+def shrink_alike(run: "Training") -> None:
     """From now on as little at once as the process with the least memory."""
     if run.max_tokens is not None:
         run.max_tokens = run.processes.least(run.max_tokens)
