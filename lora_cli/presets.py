@@ -121,13 +121,13 @@ PRESETS: dict[str, Preset] = {
         title="TriLoRA: LoRA with a trained gate for each of its r components, all closed at first",
         paper="arXiv:2405.11236",
         when="As LoRA; to see which components are used, and how much. r numbers a layer more than LoRA.",
-        parts={"delta": Part(name="gated"), "init": Part(name="both")},
+        parts={"delta": Part(name="gated"), "init": Part(name="closed")},
     ),
     "flora_core": Preset(
         title="FLoRA: LoRA with a full r×r core between its factors",
         paper="arXiv:2405.14739",
         when="As LoRA; the core mixes all of its directions, at r² numbers a layer more.",
-        parts={"delta": Part(name="core"), "init": Part(name="both")},
+        parts={"delta": Part(name="core"), "init": Part(name="closed")},
     ),
     "lora_xs": Preset(
         title="LoRA-XS: r² numbers a layer, between frozen singular vectors of W0",

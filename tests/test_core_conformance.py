@@ -360,7 +360,7 @@ def test_output_of_rslora_does_not_shrink_with_the_rank():
 
 @pytest.mark.parametrize("trainable", parts.names("trainable"))
 def test_after_ten_steps_exactly_the_declared_tensors_changed(trainable):
-    init, name = {"only_core": ("both", "core")}.get(trainable, ("symmetric", "lowrank"))
+    init, name = {"only_core": ("closed", "core")}.get(trainable, ("symmetric", "lowrank"))
     delta = started(init, "linear", name)
     trains = parts.load("trainable", trainable).trains
     for key, parameter in delta.named_parameters():

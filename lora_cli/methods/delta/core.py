@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapter.delta import LowRank, Place
 
-needs = {"init.both or init.svd_of_w": "C starts at zero, so neither A nor B may"}
+needs = {"init.closed or init.svd_of_w": "C starts at zero, so neither A nor B may"}
 
 
 class Core(LowRank):
