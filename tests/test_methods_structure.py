@@ -157,7 +157,7 @@ def test_a_middle_is_saved_as_lora_of_the_same_rank_for_the_original_base(method
 
 def test_a_core_that_is_diagonal_is_gates():
     base, x = base_of(), torch.randn(7, IN)
-    gated, core = (parts.load("delta", name).make(Place(base, R, S)) for name in ("gated", "core"))
+    gated, core = (made(name, base) for name in ("gated", "core"))
     with torch.no_grad():
         for key, parameter in gated.named_parameters():
             parameter.normal_()

@@ -14,7 +14,11 @@ from lora_cli.adapter.delta import Factored, Place, Shape
 from lora_cli.recipe.schema import Section
 
 needs = {"init.own": "each of its blocks starts as a LoRA of its own"}
-forbids = {"base.embedding": "n would have to divide the vocabulary", "lora_bias": "it has none"}
+forbids = {
+    "base.embedding": "n would have to divide the vocabulary",
+    "lora_bias": "it has none",
+    "trainable.only_a": "its B starts at zero and would stay there, and with it ΔW",
+}
 
 
 class Settings(Section):

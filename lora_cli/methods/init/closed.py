@@ -3,8 +3,6 @@
 The model starts as the base; in the first step only the middle has a gradient.
 """
 
-import math
-
 from torch import nn
 
 from lora_cli.adapter.delta import LowRank
@@ -14,7 +12,8 @@ needs = {"delta.gated or delta.core": "without a middle of zero the model would 
 
 
 def init(delta: LowRank, start: Start) -> None:
-    """Kaiming-uniform, each by its own fan."""
-    nn.init.kaiming_uniform_(delta.A, a=math.sqrt(5), generator=start.generator)
-    nn.init.kaiming_uniform_(delta.B, a=math.sqrt(5), generator=start.generator)
+    """Uniform, each by the number of its inputs; that of an embedding is one-hot, one a token."""
     delta.start(start.generator)
+    for factor in (delta.A, delta.B):
+        bound = 1.0 if delta.reads_ids and factor is delta.A else factor.shape[1] ** -0.5
+        nn.init.uniform_(factor, -bound, bound, generator=start.generator)

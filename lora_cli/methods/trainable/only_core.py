@@ -3,10 +3,14 @@
 Of `delta: core` the r² numbers of C, of `delta: gated` the r gates E.
 """
 
-needs = {"delta.core or delta.gated": "there is nothing between A and B that could train"}
+needs = {
+    "delta.core or delta.gated": "there is nothing between A and B that could train",
+    "init.closed or init.small or init.svd_of_w": "A and B stay as they are, so neither may start at zero",
+}
 forbids = {
     "optimizer.lora_plus": "with A and B frozen there is one rate only: set train.learning_rate",
     "rank.adalora": "it weighs the gradients of A and B, which have none",
+    "rank.dora_dynamic": "it keeps the columns of A and B even, which stay as they are",
 }
 
 
