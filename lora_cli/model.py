@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
 
-from lora_cli import parts
+from lora_cli import experts, parts
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends
 from lora_cli.errors import ExitCode, UserError
@@ -86,9 +86,12 @@ def skeleton(recipe: ModelRecipe, device: str = "meta", **settings: Any) -> PreT
 
 
 def with_tokens(model: PreTrainedModel, tokenizer: Any, recipe: ModelRecipe) -> LanguageModel:
-    """Untie the ends and add tokens, as the recipe says."""
+    """Untie the ends, take experts apart and add tokens, as the recipe says."""
     if recipe.untie:
         _untie(model)
+    if recipe.split_experts and not experts.split(model):
+        what, fix = "this model has no experts whose weights are one tensor", "leave it out"
+        raise UserError(what, where="model.split_experts", fix=fix, code=ExitCode.MODEL)
     new_rows = _grow(model, tokenizer, recipe.add_tokens)
     return LanguageModel(model, tokenizer, ends_of(model), new_rows)
 

@@ -22,6 +22,7 @@ LAYERS = {
     "embedding": "embedding",
     "conv2d": "convolution",
     "conv3d": "convolution",
+    "expert": "expert",
 }
 """Kinds of layers in the tests -> part of the axis `base`."""
 Found = dict[str, dict[str, Any]]
@@ -62,7 +63,17 @@ def own_checks(params: dict[str, Any]) -> list[tuple[str, str]]:
 def table(counts: Counts, laws: list[str]) -> str:
     """One row a part: its own law by layer, then the laws that combinations with it were held to."""
     names = [f"{axis}.{name}" for axis in parts.AXES for name in parts.names(axis)]
-    head = ["part", "Linear", "Conv1D", "Embedding", "Conv2d, Conv3d", "alone", "combinations", *laws]
+    head = [
+        "part",
+        "Linear",
+        "Conv1D",
+        "Embedding",
+        "Conv2d, Conv3d",
+        "expert",
+        "alone",
+        "combinations",
+        *laws,
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(row(name, counts, laws) for name in names)])
 

@@ -22,6 +22,7 @@ from lora_cli.adapter.plan import view_of
 from lora_cli.adapter.seed import generator_of
 from lora_cli.adapter.start import Start
 from lora_cli.errors import UserError
+from lora_cli.methods.base.expert import ExpertLinear
 from lora_cli.parts import Part
 from lora_cli.presets import PRESETS, Method, resolve, with_defaults
 from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
@@ -34,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vb_lora": {"vectors": 6, "length": 2},
 }
 """Settings of deltas whose own are for larger layers."""
-KINDS = ("linear", "conv1d", "embedding", "conv2d", "conv3d")
+KINDS = ("linear", "conv1d", "embedding", "conv2d", "conv3d", "expert")
 BASES = {"conv2d": "convolution", "conv3d": "convolution"}
 """Kinds of layers that one file is for."""
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,6 +51,7 @@ def module_of(kind: str, dtype: torch.dtype) -> nn.Module:
         "linear": lambda: nn.Linear(IN, OUT),
         "conv1d": lambda: Conv1D(OUT, IN),
         "embedding": lambda: nn.Embedding(IN, OUT),
+        "expert": lambda: ExpertLinear(torch.randn(IN, OUT).t() / 3, torch.randn(OUT)),
         "conv2d": lambda: nn.Conv2d(3, OUT, (1, 4), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
         "conv3d": lambda: nn.Conv3d(3, OUT, (2, 1, 2), padding=(0, 1, 0), padding_mode="replicate"),
     }[kind]()

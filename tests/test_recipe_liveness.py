@@ -111,6 +111,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
         Case("refused", True, {"model.name": "${tied}", "adapter.train_also": ["head"]}, "shares its weight"),
         Case("refused", True, told="has a weight of its own already"),
     ),
+    "model.split_experts": Case("refused", True, told="no experts whose weights are one tensor"),
     "data.train": Case("adapter", "${others}"),
     "data.train.path": Case("adapter", {"path": "${others}"}, {"data.train": {"path": "${rows}"}}),
     "data.train.weight": Case(

@@ -25,6 +25,8 @@ SIZES = {
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 EXTRA: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 64},
     "gemma3_text": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 64},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},

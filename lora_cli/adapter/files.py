@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lora_cli import __version__, io_ops, parts
-from lora_cli.adapter import peft_format
+from lora_cli.adapter import expert_format, peft_format
 from lora_cli.adapter.inject import Adapter, without_adapters
 from lora_cli.adapter.peft_format import PREFIX, ROWS, rows_name
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan
@@ -84,7 +84,8 @@ def write(
         parts=plan.method.chosen(),
         add_tokens=tokens,
         base_fingerprint=fingerprint(model, plan),
-        layers=() if peft_format.is_peft(plan) else tuple(spec.name for spec in plan.layers),
+        split_experts=bool(expert_format.adapted(plan)),
+        layers=() if peft_format.is_peft(plan, model) else tuple(spec.name for spec in plan.layers),
     )
     io_ops.write_json(folder / OURS, ours.model_dump(mode="json"))
 

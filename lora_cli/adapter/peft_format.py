@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from lora_cli.adapter import expert_format
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.inject import Adapter
 from lora_cli.adapter.plan import LayerSpec, Plan, first_match, saved_shapes, view_of
@@ -61,6 +62,7 @@ class Config(BaseModel):
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
 
     def unknown(self) -> list[str]:
         """Keys that ask for something that would not be computed here."""
@@ -154,7 +156,7 @@ def shapes(plan: Plan, model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def as_peft_has_it(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by PEFT's names, those of convolutions in the shapes of convolutions; the model is plain."""
+    """The tensors as PEFT has them: convolutions in their shapes, experts together. The model is plain."""
     kept = dict(tensors)
     for spec in plan.layers:
         base = base_of(model, spec.name)
@@ -162,7 +164,7 @@ def as_peft_has_it(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) 
             name = delta_name(spec.name, base, key)
             if name in kept:
                 kept[name] = base.as_stored(key, kept[name])
-    return kept
+    return expert_format.together(plan, kept, PREFIX) if is_peft(plan, model) else kept
 
 
 def delta_name(layer: str, base: Base, key: str) -> str:
@@ -223,12 +225,13 @@ def kind_of(model: nn.Module, layer: str) -> tuple[str, Base] | None:
 # ---- config -------------------------------------------------------------------------------------------------------
 
 
-def is_peft(plan: Plan) -> bool:
-    """Whether PEFT's LoRA computes the same function."""
+def is_peft(plan: Plan, model: nn.Module) -> bool:
+    """Whether PEFT's LoRA computes the same function; the model is plain."""
     return (
         plan.method.delta.name == "lowrank"
         and plan.method.combine.name in ("add", "dora")
         and bool(plan.layers)
+        and expert_format.fits(plan, model)
     )
 
 
@@ -239,7 +242,7 @@ def config_of(plan: Plan, model: nn.Module, base: str, revision: str | None) -> 
     alphas = {spec.name: _alpha(spec, rslora) for spec in plan.layers}
     r, alpha = _most_common(ranks, 8), _most_common(alphas, 8)
     return {
-        "peft_type": LORA if is_peft(plan) else OURS,
+        "peft_type": LORA if is_peft(plan, model) else OURS,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
@@ -251,7 +254,8 @@ def config_of(plan: Plan, model: nn.Module, base: str, revision: str | None) -> 
         "use_dora": plan.method.combine.name == "dora",
         "lora_bias": plan.lora_bias,
         "bias": "all" if _loose_biases(plan) else "none",
-        "target_modules": _targets(ranks, model),
+        "target_modules": _targets(ranks.keys() - {spec.name for spec in expert_format.adapted(plan)}, model),
+        "target_parameters": sorted(expert_format.parameters(plan)) or None,
         "rank_pattern": _pattern(ranks, r),
         "alpha_pattern": _pattern(alphas, alpha),
         "modules_to_save": _whole_modules(plan) or None,

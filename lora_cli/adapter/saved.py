@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_cli.adapter import peft_format
+from lora_cli.adapter import expert_format, peft_format
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Part, Section
 
@@ -27,6 +27,8 @@ class Ours(Section):
     parts: dict[str, tuple[Part, ...]] = Field(default={})
     add_tokens: tuple[str, ...] = ()
     base_fingerprint: str | None = None
+    split_experts: bool = False
+    """Whether it is for a model whose experts were taken apart."""
     layers: tuple[str, ...] = ()
     """The adapted layers, where the names of the tensors do not tell."""
 
@@ -45,6 +47,11 @@ class Saved:
         """The base's folder or Hub id; PEFT writes an empty one for a model that was made in memory."""
         return self.config.base_model_name_or_path or None
 
+    @property
+    def splits_experts(self) -> bool:
+        """Whether the experts of its base have to be taken apart before it fits."""
+        return self.ours.split_experts or bool(self.config.target_parameters)
+
     def mismatch(self, what: str) -> UserError:
         """The error that the adapter does not go with a model."""
         what = f"does not fit this model: {what}"
@@ -61,7 +68,18 @@ def read(folder: Path) -> Saved:
     config = _json(folder / CONFIG, peft_format.Config)
     ours = _json(folder / OURS, Ours) if (folder / OURS).exists() else Ours()
     _refuse_unknown(config, str(folder / CONFIG))
-    return Saved(folder, config, ours, _tensors(folder / WEIGHTS))
+    return Saved(folder, config, ours, _with_experts_apart(config, _tensors(folder / WEIGHTS), folder))
+
+
+def _with_experts_apart(
+    config: peft_format.Config, tensors: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    if config.peft_type != peft_format.LORA or not config.target_parameters:
+        return tensors
+    try:
+        return expert_format.apart(config.target_parameters, config.r, tensors, peft_format.PREFIX)
+    except ValueError as error:
+        raise UserError(f"uses {error}", where=str(folder / CONFIG), code=ExitCode.MODEL) from error
 
 
 def _json(path: Path, kind: type[Model]) -> Model:

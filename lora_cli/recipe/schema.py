@@ -199,6 +199,11 @@ class ModelRecipe(Section):
         default=False,
         description="Give the output head its own copy of tied embeddings, so that one end can be adapted.",
     )
+    split_experts: bool = Field(
+        default=False,
+        description="In mixtures of experts whose weights are one tensor, make a linear layer of each expert's, so "
+        "that they can be adapted; they are then part of all-linear, and computed one after the other.",
+    )
 
 
 class WeightedSource(Section):

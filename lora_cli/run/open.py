@@ -178,7 +178,8 @@ def base_of(
     if len(added) > 1:
         raise UserError("the adapters add different tokens to the model", fix="open them one at a time")
     (tokens,) = added
-    kept = {"dtype": dtype or known.dtype, "add_tokens": tokens}
+    apart = any(each.splits_experts for each in saved.values())
+    kept = {"dtype": dtype or known.dtype, "add_tokens": tokens, "split_experts": apart}
     return known.model_copy(update={"name": name, "revision": revision, **kept})
 
 
