@@ -495,6 +495,30 @@ PRESETS: dict[str, Preset] = {
         parts={"delta": Part(name="mov"), "init": Part(name="routed"), "scale": Part(name="constant")},
         keys={"r": 10},
     ),
+    "malora": Preset(
+        title="MALoRA: sparse experts that share their down-projection",
+        paper="arXiv:2410.22782",
+        when="As molora with fewer numbers for as many experts, of which every token is given two. Cannot be merged.",
+        parts={
+            "delta": Part(name="malora"),
+            "init": Part(name="routed"),
+            "lifecycle": (Part(name="load_balance"),),
+        },
+        keys={"r": 8},
+    ),
+    "mixlora_moe": Preset(
+        title="MixLoRA: the MLP of each block becomes sparse experts, each a LoRA of it",
+        paper="arXiv:2404.15159",
+        when="For data of several kinds, where what is between the layers of the MLP should differ, too. Each expert "
+        "that a token is given costs one pass through the MLP. `target_modules` has to name the layers of MLPs. The "
+        "paper puts plain LoRA on attention beside it. Cannot be merged.",
+        parts={
+            "delta": Part(name="ffn_experts"),
+            "init": Part(name="routed"),
+            "lifecycle": (Part(name="load_balance"),),
+        },
+        keys={"target_modules": r".*\.mlp\.[^.]+"},
+    ),
     "full": Preset(
         title="Full fine-tuning: every parameter trains",
         paper="—",
