@@ -519,6 +519,21 @@ PRESETS: dict[str, Preset] = {
         },
         keys={"target_modules": r".*\.mlp\.[^.]+"},
     ),
+    "hiddenkey": Preset(
+        title="HiddenKey: LoRA with dropout of whole keys in attention and of what is inside the MLP",
+        paper="arXiv:2403.00812",
+        when="When LoRA learns its few rows by heart. Without the paper's second pass and its KL divergence (there "
+        "HiddenKey⁻). `attention: {key_drop: {key: 0.1, hidden: 0.1}}` sets the rates.",
+        parts={"attention": Part(name="key_drop")},
+    ),
+    "longlora": Preset(
+        title="LongLoRA: attention in shifted groups while training, norms and embeddings trained",
+        paper="arXiv:2309.12307",
+        when="For long documents: a quarter of the cost of attention. Used with full attention afterwards. A model "
+        "whose ends are tied needs `model.untie: true`.",
+        parts={"attention": Part(name="shifted")},
+        keys={"train_also": ("norms", "embeddings")},
+    ),
     "full": Preset(
         title="Full fine-tuning: every parameter trains",
         paper="—",
@@ -540,6 +555,7 @@ class Method:
     scale: Part = Part(name="alpha_over_r")
     trainable: Part = Part(name="all")
     dropout: Part = Part(name="standard")
+    attention: Part = Part(name="full")
     rank: Part = Part(name="fixed")
     lifecycle: tuple[Part, ...] = ()
     optimizer: Part = Part(name="adamw")

@@ -96,6 +96,7 @@ DROPS = {"adapter.lifecycle": {"lora_drop": {"after": 0.4, "threshold": 0.0}}, "
 ROSE = {"adapter.lifecycle": "roselora", "train.max_steps": 6}
 MALORA = {"adapter.method": "malora"}
 MLPS = {"adapter.method": "mixlora_moe", "adapter.target_modules": None}
+KEYS = {"adapter.attention": "key_drop"}
 SHORT_PIECES = {"adapter.lifecycle": {"restart": {"every": 2}}, "train.max_steps": 6}
 BANK = {"adapter.method": "vb_lora", "adapter.delta": {"vb_lora": {"length": 8}}}
 DEEP = {"adapter.method": "deep_lora"}
@@ -158,6 +159,13 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
         Case("refused", "gated", told="needs init.small"),
     ),
     "adapter.combine": Case("adapter", "dora"),
+    "adapter.attention": (
+        Case("adapter", "shifted"),
+        Case("refused", "shifted", {"model.attention": "eager"}, "stands in for sdpa"),
+    ),
+    "adapter.attention.key_drop.key": Case("adapter", {"key_drop": {"key": 0.5}}, KEYS),
+    "adapter.attention.key_drop.hidden": Case("adapter", {"key_drop": {"hidden": 0.5}}, KEYS),
+    "adapter.attention.shifted.groups": Case("adapter", {"shifted": {"groups": 2}}, {"adapter.attention": "shifted"}),
     "adapter.trainable": Case("adapter", "lora_fa"),
     "adapter.rank": (
         Case("adapter", "fixed", ADALORA),

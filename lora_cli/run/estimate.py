@@ -17,6 +17,7 @@ from lora_cli.analyze.devices import Device
 from lora_cli.analyze.duration import Rates, computed_pairs, seconds
 from lora_cli.analyze.memory import (
     Case,
+    Memory,
     blocks_to_recompute,
     largest,
     memory,
