@@ -506,6 +506,14 @@ PRESETS: dict[str, Preset] = {
         },
         keys={"r": 8},
     ),
+    "mixlora": Preset(
+        title="MixLoRA (conditional): for each document r factors of each side, chosen from two pools",
+        paper="arXiv:2402.15896",
+        when="For prompts of several kinds: each is answered with a LoRA put together for it, from what stands before "
+        "the first learned token. Texts that are learned whole have no prompt but their first token. Cannot be merged.",
+        parts={"delta": Part(name="factors"), "init": Part(name="routed")},
+        keys={"r": 4},
+    ),
     "mixlora_moe": Preset(
         title="MixLoRA: the MLP of each block becomes sparse experts, each a LoRA of it",
         paper="arXiv:2404.15159",

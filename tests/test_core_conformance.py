@@ -40,8 +40,10 @@ BASES = {"conv2d": "convolution", "conv3d": "convolution"}
 DTYPES = (torch.float32, torch.bfloat16)
 ALL = [name for name in parts.names("delta") if name not in ("whole", "none")]
 DELTAS = [name for name in ALL if getattr(parts.load("delta", name), "mergeable", True)]
-TOGETHER = [name for name in ALL if hasattr(parts.load("delta", name), "misfit")]
-"""What is computed by several layers has tests of its own."""
+TOGETHER = [
+    name for name in ALL if name not in DELTAS and not hasattr(parts.load("delta", name).make, "expert")
+]
+"""What is computed by several layers, or of whole documents, has tests of its own."""
 ROUTED = [name for name in ALL if name not in (*DELTAS, *TOGETHER)]
 LAYERS = list(itertools.product(KINDS, DTYPES))
 

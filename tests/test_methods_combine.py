@@ -44,6 +44,7 @@ STEPS, STOP = 5, 3
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "delta.experts": [{"count": 3}],
+    "delta.factors": [{"pool": 2}, {"pool": 3}],
     "delta.ffn_experts": [{"count": 3}, {"count": 4, "top": 3}],
     "delta.malora": [{"count": 3}, {"count": 4, "top": 3, "width": 1}],
     "delta.hydra": [{}, {"count": 2}],

@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mov": {"alpha": None},
     "malora": {"delta": {"malora": {"count": 3}}},
     "mixlora_moe": {"delta": {"ffn_experts": {"count": 5}}},
+    "mixlora": {"r": 3},
 }
 
 

@@ -209,6 +209,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
         Case("adapter", {"ffn_experts": {"top": 3}}, MLPS),
         Case("refused", {"ffn_experts": {"top": 8}}, MLPS, "nothing to choose"),
     ),
+    "adapter.delta.factors.pool": Case("adapter", {"factors": {"pool": 2}}, {"adapter.method": "mixlora"}),
     "adapter.delta.malora.count": Case("adapter", {"malora": {"count": 3}}, MALORA),
     "adapter.delta.malora.top": (
         Case("adapter", {"malora": {"top": 3}}, MALORA),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.fused import product
+from lora_cli.adapter.reading import Reader
 from lora_cli.adapter.seed import generator_of
 
 Shape = tuple[int, ...]
@@ -26,6 +27,8 @@ class Shared:
     """Name -> shape, as large as the largest of its layers asks for; the others use its first rows and columns."""
     seed: int = 0
     tensors: dict[str, nn.Parameter] = field(default_factory=dict[str, nn.Parameter])
+    reader: Reader = field(default_factory=Reader)
+    """Who knows what the model is reading."""
     blocks: dict[str, Any] = field(default_factory=dict[str, Any])
     """Name of a module -> what those of its layers have in common that work together."""
 

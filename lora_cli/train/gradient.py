@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora_cli.adapter.reading import reading
 from lora_cli.data.example import Batch
 from lora_cli.data.pack import micro_batches, nothing
 from lora_cli.errors import ExitCode, UserError
@@ -104,12 +105,13 @@ def _backward(run: "Training", batch: Batch, index: int, trained_tokens: int) ->
     """
     of_all = index * run.processes.size + run.processes.rank
     torch.manual_seed(seed_of(run.train.seed, run.step, of_all))
-    with run.computing():
-        loss = run.loss(batch, run.accelerator.device) / trained_tokens
-    if not loss.requires_grad:
-        raise unconnected(run, list(run.adapter.trainable()), run.step + 1)
-    added = [each for lifecycle in run.lifecycles if (each := lifecycle.loss(run, batch)) is not None]
-    run.scaler.scale(sum(added, loss)).backward()
+    with reading(run.model, lambda: batch.to(run.accelerator.device).reading()):
+        with run.computing():
+            loss = run.loss(batch, run.accelerator.device) / trained_tokens
+        if not loss.requires_grad:
+            raise unconnected(run, list(run.adapter.trainable()), run.step + 1)
+        added = [each for lifecycle in run.lifecycles if (each := lifecycle.loss(run, batch)) is not None]
+        run.scaler.scale(sum(added, loss)).backward()
     return loss.detach()
 
 
