@@ -3,9 +3,13 @@
 transformers hands packed documents to attention as one row and a mask over all pairs of its tokens. Here the mask is
 read, and a row whose documents are plainly causal is cut at their borders; every other mask is used as it is. For
 CPUs: on a GPU, reading the mask would wait for it.
+
+And attention that a method changes while training, by transformers' own register of implementations.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from lora_cli import parts
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.parts import Part
 
 NAME = "lora_documents"
 
@@ -29,6 +37,55 @@ def use(model: PreTrainedModel) -> None:
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+
+
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], Tensor]
+"""Attention as transformers asks for it: module, query, key, value, mask, settings -> [batch, tokens, heads, width]."""
+
+
+def train_with(model: PreTrainedModel, part: Part) -> None:
+    """Let the model, while it is in training mode, attend as a part of the attention axis says.
+
+    In evaluation it attends as before.
+
+    Raises:
+        UserError: the model computes its attention in a way that a part cannot stand in for.
+    """
+    made = parts.load("attention", part.name).make(model, **parts.settings("attention", part))
+    if made is None:
+        return
+    if model.config._attn_implementation not in ("sdpa", NAME):
+        what = f"{model.config.model_type} attends by {model.config._attn_implementation} here, not by sdpa"
+        raise UserError(what, where=f"adapter.attention: {part.name}", code=ExitCode.MODEL)
+    cuts = model.config._attn_implementation == NAME
+    name = f"lora_{part.name}_{next(_NUMBERS)}"
+    AttentionInterface.register(name, partial(_switched, made, attend if cuts else sdpa_attention_forward))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+
+
+_NUMBERS = itertools.count()
+"""Every training has an attention of its own."""
+
+
+def _switched(
+    training: Attend,
+    otherwise: Callable[..., tuple[Tensor, None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    if not module.training:
+        return otherwise(module, query, key, value, attention_mask, **settings)
+    if settings.get("softcap") is not None or settings.get("s_aux") is not None:
+        what = f"{type(module).__name__} does more with its scores than to compare them"
+        raise UserError(what, where="adapter.attention", fix="leave it out", code=ExitCode.MODEL)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
+    return training(module, query, key, value, attention_mask, settings), None
 
 
 def _can_cut(model: PreTrainedModel) -> bool:

@@ -27,6 +27,7 @@ AXES = {
     "rank": "how many columns B has in each layer, and when",
     "lifecycle": "what happens between steps",
     "dropout": "what is dropped from ΔW's input while training",
+    "attention": "what a token sees while training",
     "optimizer": "how gradients become steps",
 }
 

@@ -495,6 +495,53 @@ PRESETS: dict[str, Preset] = {
         parts={"delta": Part(name="mov"), "init": Part(name="routed"), "scale": Part(name="constant")},
         keys={"r": 10},
     ),
+    "malora": Preset(
+        title="MALoRA: sparse experts that share their down-projection",
+        paper="arXiv:2410.22782",
+        when="As molora with fewer numbers for as many experts, of which every token is given two. Cannot be merged.",
+        parts={
+            "delta": Part(name="malora"),
+            "init": Part(name="routed"),
+            "lifecycle": (Part(name="load_balance"),),
+        },
+        keys={"r": 8},
+    ),
+    "mixlora": Preset(
+        title="MixLoRA (conditional): for each document r factors of each side, chosen from two pools",
+        paper="arXiv:2402.15896",
+        when="For prompts of several kinds: each is answered with a LoRA put together for it, from what stands before "
+        "the first learned token. Texts that are learned whole have no prompt but their first token. Cannot be merged.",
+        parts={"delta": Part(name="factors"), "init": Part(name="routed")},
+        keys={"r": 4},
+    ),
+    "mixlora_moe": Preset(
+        title="MixLoRA: the MLP of each block becomes sparse experts, each a LoRA of it",
+        paper="arXiv:2404.15159",
+        when="For data of several kinds, where what is between the layers of the MLP should differ, too. Each expert "
+        "that a token is given costs one pass through the MLP. `target_modules` has to name the layers of MLPs. The "
+        "paper puts plain LoRA on attention beside it. Cannot be merged.",
+        parts={
+            "delta": Part(name="ffn_experts"),
+            "init": Part(name="routed"),
+            "lifecycle": (Part(name="load_balance"),),
+        },
+        keys={"target_modules": r".*\.mlp\.[^.]+"},
+    ),
+    "hiddenkey": Preset(
+        title="HiddenKey: LoRA with dropout of whole keys in attention and of what is inside the MLP",
+        paper="arXiv:2403.00812",
+        when="When LoRA learns its few rows by heart. Without the paper's second pass and its KL divergence (there "
+        "HiddenKey⁻). `attention: {key_drop: {key: 0.1, hidden: 0.1}}` sets the rates.",
+        parts={"attention": Part(name="key_drop")},
+    ),
+    "longlora": Preset(
+        title="LongLoRA: attention in shifted groups while training, norms and embeddings trained",
+        paper="arXiv:2309.12307",
+        when="For long documents: a quarter of the cost of attention. Used with full attention afterwards. A model "
+        "whose ends are tied needs `model.untie: true`.",
+        parts={"attention": Part(name="shifted")},
+        keys={"train_also": ("norms", "embeddings")},
+    ),
     "full": Preset(
         title="Full fine-tuning: every parameter trains",
         paper="—",
@@ -516,6 +563,7 @@ class Method:
     scale: Part = Part(name="alpha_over_r")
     trainable: Part = Part(name="all")
     dropout: Part = Part(name="standard")
+    attention: Part = Part(name="full")
     rank: Part = Part(name="fixed")
     lifecycle: tuple[Part, ...] = ()
     optimizer: Part = Part(name="adamw")

@@ -40,8 +40,12 @@ BASES = {"conv2d": "convolution", "conv3d": "convolution"}
 """Kinds of layers that one file is for."""
 DTYPES = (torch.float32, torch.bfloat16)
 ALL = [name for name in parts.names("delta") if name not in ("whole", "none")]
-DELTAS = [name for name in ALL if getattr(parts.load("delta", name).make, "mergeable", True)]
-ROUTED = [name for name in ALL if name not in DELTAS]
+DELTAS = [name for name in ALL if getattr(parts.load("delta", name), "mergeable", True)]
+TOGETHER = [
+    name for name in ALL if name not in DELTAS and not hasattr(parts.load("delta", name).make, "expert")
+]
+"""What is computed by several layers, or of whole documents, has tests of its own."""
+ROUTED = [name for name in ALL if name not in (*DELTAS, *TOGETHER)]
 LAYERS = list(itertools.product(KINDS, DTYPES))
 
 
@@ -229,6 +233,7 @@ def test_a_one_hot_gate_is_that_expert(delta, kind, dtype):
 def test_declared_shapes_are_the_tensors_of_the_delta(delta):
     made = delta_of(delta, base_of("linear", torch.float32))
     part = parts.load("delta", delta)
+    assert made.mergeable == (delta in DELTAS)
     shared = {key.rpartition(".")[2]: shape for key, shape in shared_shapes(delta).items()}
     found = {key: tuple(p.shape) for key, p in made.named_parameters()}
     assert part.shapes(IN, OUT, R, **settings_of(delta)) | shared == found
@@ -260,7 +265,7 @@ def goes_with(axis: str, name: str, other: str, chosen: str) -> bool:
 
 STARTS = [
     (init, delta, kind)
-    for init, delta, kind in itertools.product(parts.names("init"), ALL, KINDS)
+    for init, delta, kind in itertools.product(parts.names("init"), [*DELTAS, *ROUTED], KINDS)
     if goes_with("init", init, "delta", delta)
     and goes_with("delta", delta, "init", init)
     and fits("init", init, kind)
@@ -286,7 +291,7 @@ def started(init: str, kind: str = "linear", delta: str = "lowrank", seed: int =
 
 def test_every_init_and_every_delta_stands_in_some_start():
     assert {init for init, _, _ in STARTS} == set(parts.names("init"))
-    assert {delta for _, delta, _ in STARTS} == set(ALL)
+    assert {delta for _, delta, _ in STARTS} == {*DELTAS, *ROUTED}
 
 
 @pytest.mark.parametrize(("init", "delta", "kind"), STARTS)

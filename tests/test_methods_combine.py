@@ -43,7 +43,10 @@ EACH = 8
 STEPS, STOP = 5, 3
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "delta.experts": [{"count": 3}, {"count": 4, "top": 2}],
+    "delta.experts": [{"count": 3}],
+    "delta.factors": [{"pool": 2}, {"pool": 3}],
+    "delta.ffn_experts": [{"count": 3}, {"count": 4, "top": 3}],
+    "delta.malora": [{"count": 3}, {"count": 4, "top": 3, "width": 1}],
     "delta.hydra": [{}, {"count": 2}],
     "delta.lokr": [{}, {"factor": 2}],
     "delta.loretta": [{"bond": 2}],
@@ -319,6 +322,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "8, a lookup": ({"method": "molora", "target_modules": ("embed",)}, "cannot read token ids"),
     "8, heads of zero": ({"method": "hydra_lora", "trainable": "only_a"}, "B would stay zero"),
     "8, heads without a router": ({"method": "hydra_lora", "init": "kaiming"}, "a router has to be drawn"),
+    "8, part of an MLP": ({"method": "mixlora_moe", "target_modules": ("up", "down")}, "gate is left out"),
+    "8, nothing to balance": ({"method": "molora", "lifecycle": "load_balance"}, "sent to some experts"),
     "4": ({"method": "adalora", "init": "eva"}, "one of both has to decide"),
     "4, restart": ({"method": "adalora", "lifecycle": "restart"}, "decides over a whole run"),
     "6": (

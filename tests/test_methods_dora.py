@@ -34,7 +34,7 @@ DELTAS = [
     name
     for name in parts.names("delta")
     if name not in ("whole", "none")
-    and parts.load("delta", name).make.mergeable
+    and getattr(parts.load("delta", name), "mergeable", True)
     and "combine.dora" not in getattr(parts.load("delta", name), "forbids", {})
 ]
 SHIFTS = ("pissa", "milora", "olora", "symmetric", "corda", "lora_ga")

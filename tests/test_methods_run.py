@@ -38,6 +38,7 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "roselora": {"lifecycle": {"roselora": {"density": 0.3}}},
     "eva": {"init": {"eva": {"rho": 2.0, "rows": 8}}},
     "corda": {"init": {"corda": {"rows": 8}}},
+    "longlora": {"attention": {"shifted": {"groups": 2}}},
     "lora_ga": {"init": {"lora_ga": {"rows": 8}}, "r": 2},
     "fourierft": {"r": 64},
     "deep_lora": {"init": {"gradient_frame": {"rows": 8}}},
@@ -49,6 +50,7 @@ RATE = {
     "deep_lora": 3e-2,
     "full": 3e-3,
     "mov": 0.1,
+    "longlora": 3e-3,
     "xgblora": 3e-2,
     "relora": 5e-3,
 }

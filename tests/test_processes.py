@@ -65,6 +65,17 @@ def test_processes_that_add_up_in_order_give_the_bytes_of_one(bench, processes, 
     assert result(recipe) == result(alone)
 
 
+def test_balanced_experts_get_the_same_bytes_from_two_processes(bench, processes):
+    """The loads are counted over all of them."""
+    recipe = bench.recipe(
+        adapter={"method": "malora", "lifecycle": {"load_balance": {"weight": 2.0}}}, train=EXACT
+    )
+    alone = recipe.model_copy(update={"output": bench.recipe().output})
+    train(alone, Screen())
+    assert together(processes, bench, recipe, 2)["codes"] == [0, 0]
+    assert result(recipe) == result(alone)
+
+
 def test_processes_learn_the_same_as_one_whatever_the_order_of_sums(bench, processes):
     recipe = bench.recipe(adapter={"dropout": 0.0}, train={"optimizer": "sgd", "micro_batch_size": "auto"})
     alone = recipe.model_copy(update={"output": bench.recipe().output})

@@ -87,7 +87,6 @@ BASE: dict[str, Any] = {
 LONGER = {"train.max_steps": 4}
 EVALS = {"train.max_steps": 3, "train.eval_steps": 1}
 ADALORA = {"adapter.method": "adalora", "train.max_steps": 10}
-EXPERTS = {"adapter.method": "molora", "adapter.delta": {"experts": {"count": 3}}}
 DYNAMIC = {"adapter.method": "dora_dynamic", "train.max_steps": 10}
 PRILORA = {"adapter.method": "prilora", "train.max_steps": 5}
 EVERY_LAYER = {"adapter.rank": {"prilora": {"every": 1}}, "adapter.target_modules": "all-linear"}
@@ -95,6 +94,9 @@ AFLORA = {"adapter.method": "aflora", "train.max_steps": 10}
 SPARSE = {"adapter.lifecycle": {"sparse_adapter": {"after": 1}}, "train.max_steps": 4}
 DROPS = {"adapter.lifecycle": {"lora_drop": {"after": 0.4, "threshold": 0.0}}, "train.max_steps": 5}
 ROSE = {"adapter.lifecycle": "roselora", "train.max_steps": 6}
+MALORA = {"adapter.method": "malora"}
+MLPS = {"adapter.method": "mixlora_moe", "adapter.target_modules": None}
+KEYS = {"adapter.attention": "key_drop"}
 SHORT_PIECES = {"adapter.lifecycle": {"restart": {"every": 2}}, "train.max_steps": 6}
 BANK = {"adapter.method": "vb_lora", "adapter.delta": {"vb_lora": {"length": 8}}}
 DEEP = {"adapter.method": "deep_lora"}
@@ -158,6 +160,13 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
         Case("refused", "gated", told="needs init.small"),
     ),
     "adapter.combine": Case("adapter", "dora"),
+    "adapter.attention": (
+        Case("adapter", "shifted"),
+        Case("refused", "shifted", {"model.attention": "eager"}, "stands in for sdpa"),
+    ),
+    "adapter.attention.key_drop.key": Case("adapter", {"key_drop": {"key": 0.5}}, KEYS),
+    "adapter.attention.key_drop.hidden": Case("adapter", {"key_drop": {"hidden": 0.5}}, KEYS),
+    "adapter.attention.shifted.groups": Case("adapter", {"shifted": {"groups": 2}}, {"adapter.attention": "shifted"}),
     "adapter.trainable": Case("adapter", "lora_fa"),
     "adapter.rank": (
         Case("adapter", "fixed", ADALORA),
@@ -200,9 +209,20 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "adapter.delta.vera.d": Case("adapter", {"vera": {"d": 0.5}}, {"adapter.method": "vera"}),
     "adapter.delta.hydra.count": Case("adapter", {"hydra": {"count": 2}}, {"adapter.method": "hydra_lora"}),
     "adapter.delta.experts.count": Case("adapter", {"experts": {"count": 3}}, {"adapter.method": "molora"}),
-    "adapter.delta.experts.top": (
-        Case("adapter", {"experts": {"count": 3, "top": 1}}, EXPERTS),
-        Case("refused", {"experts": {"count": 3, "top": 4}}, EXPERTS, "no more experts"),
+    "adapter.delta.ffn_experts.count": Case("adapter", {"ffn_experts": {"count": 3}}, MLPS),
+    "adapter.delta.ffn_experts.top": (
+        Case("adapter", {"ffn_experts": {"top": 3}}, MLPS),
+        Case("refused", {"ffn_experts": {"top": 8}}, MLPS, "nothing to choose"),
+    ),
+    "adapter.delta.factors.pool": Case("adapter", {"factors": {"pool": 2}}, {"adapter.method": "mixlora"}),
+    "adapter.delta.malora.count": Case("adapter", {"malora": {"count": 3}}, MALORA),
+    "adapter.delta.malora.top": (
+        Case("adapter", {"malora": {"top": 3}}, MALORA),
+        Case("refused", {"malora": {"top": 8}}, MALORA, "nothing to choose"),
+    ),
+    "adapter.delta.malora.width": Case("adapter", {"malora": {"width": 1}}, MALORA),
+    "adapter.lifecycle.load_balance.weight": Case(
+        "adapter", {"load_balance": {"weight": 0.5}}, {**MALORA, **LONGER}
     ),
     "adapter.delta.lokr.factor": Case("adapter", {"lokr": {"factor": 2}}, {"adapter.method": "lokr"}),
     "adapter.delta.loretta.bond": Case("adapter", {"loretta": {"bond": 2}}, {"adapter.method": "loretta"}),

@@ -6,12 +6,14 @@ Shapes: A is [r, in], B is [out, r]; x is [..., in] (or ids [...]), y is [..., o
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.fused import product
+from lora_cli.adapter.reading import Reader
 from lora_cli.adapter.seed import generator_of
 
 Shape = tuple[int, ...]
@@ -25,6 +27,10 @@ class Shared:
     """Name -> shape, as large as the largest of its layers asks for; the others use its first rows and columns."""
     seed: int = 0
     tensors: dict[str, nn.Parameter] = field(default_factory=dict[str, nn.Parameter])
+    reader: Reader = field(default_factory=Reader)
+    """Who knows what the model is reading."""
+    blocks: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Name of a module -> what those of its layers have in common that work together."""
 
     def tensor(self, name: str, draw: Callable[[Shape, torch.Generator], Tensor]) -> nn.Parameter:
         """The tensor of that name; `draw` fills it for the first layer that asks, from a generator of its own."""
@@ -47,6 +53,27 @@ class Place:
     """Of the layer in the model."""
 
 
+@dataclass
+class Ledger:
+    """What a router has decided about the last batch, for whoever balances its load."""
+
+    asked: bool = False
+    """Whether there is anybody."""
+    probabilities: Tensor | None = None
+    """[..., experts], float32, with their graph: of all experts, chosen or not."""
+    chosen: Tensor | None = None
+    """[..., experts], bool."""
+
+    def write(self, logits: Tensor, chosen: Tensor) -> None:
+        """Remember it, if anybody has asked."""
+        if self.asked:
+            self.probabilities, self.chosen = logits.softmax(-1), chosen
+
+    def clear(self) -> None:
+        """Forget it, and with it the graph that it hangs on."""
+        self.probabilities = self.chosen = None
+
+
 class Delta(nn.Module, ABC):
     """What is added to W0."""
 
@@ -56,6 +83,8 @@ class Delta(nn.Module, ABC):
     """True where the tensors of ΔW are far smaller than its factors, so that they are what is saved."""
     in_order = False
     """True where the place of a component means something: one that is zero is saved like the others."""
+    ledger: Ledger | None = None
+    """Where it sends every token to a few of its experts, and may be asked which."""
 
     def __init__(self, dropout: nn.Module | None = None) -> None:
         """`dropout` drops from x; None, so that the hot path has nothing to call, when nothing is dropped."""

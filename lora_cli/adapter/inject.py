@@ -17,6 +17,7 @@ from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Place, Shared
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan, view_of
+from lora_cli.adapter.reading import reader_of
 from lora_cli.adapter.rows import Rows
 from lora_cli.adapter.seed import generator_of
 from lora_cli.adapter.start import Start
@@ -138,6 +139,7 @@ def inject(
     """
     model.requires_grad_(False)
     shared = shared or shared_of(plan, seed)
+    shared.reader = reader_of(model)
     found = statistics or {}
     layers = {spec.name: _wrap(model, spec, plan, seed, shared, found.get(spec.name)) for spec in plan.layers}
     adapter = Adapter(model, plan, layers, _new_rows(model, plan), shared=shared.tensors)

@@ -4,6 +4,7 @@ Whatever is random is drawn from (seed, step), between steps and never inside `f
 going on from a checkpoint is exact.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from lora_cli.recipe.schema import TrainRecipe
 
 if TYPE_CHECKING:
     from lora_cli.adapter.inject import Adapter
+    from lora_cli.data.example import Batch
 
 
 class Run(Protocol):
@@ -29,6 +31,15 @@ class Run(Protocol):
         """Of the whole run."""
         ...
 
+    @property
+    def tokens(self) -> int:
+        """Read in the step at hand by all processes, padding not counted."""
+        ...
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Sum over the processes, in place."""
+        ...
+
     def measure(self, kind: str) -> dict[str, Tensor]:
         """Layer -> `inputs` or `gradients`, measured on the rows of the next step."""
         ...
@@ -43,6 +54,17 @@ class Lifecycle:
     def rate(self, step: int) -> float:
         """Factor on the learning rate of step 0, 1, ..."""
         return 1.0
+
+    def begin_step(self, run: Run) -> None:
+        """Before the first micro-batch of a step; once more where memory was short and the step is repeated."""
+
+    def loss(self, run: Run, batch: "Batch") -> Tensor | None:
+        """Added to the loss of a micro-batch that has just been computed: its share of a sum over the whole step.
+
+        A step has to be the same however it is split, so this has to be a sum over tokens or documents, divided by
+        what the whole step has of them.
+        """
+        return None
 
     def penalty(self, run: Run) -> Tensor | None:
         """Added to the loss, once per optimizer step."""

@@ -143,7 +143,17 @@ def make(
     _check_ends(names, also, tuple(new_rows), ends, untied)
     _check_patterns(adapter, names)
     layers = tuple(_layer(name, *adaptable[name], _depth(name, names), adapter, method) for name in names)
+    _check_together(
+        layers, [name for name in adaptable if name not in {*names, ends.embeddings, ends.head}], method
+    )
     return Plan(method, layers, adapter.lora_bias, also, tuple(new_rows), ends)
+
+
+def _check_together(layers: tuple[LayerSpec, ...], others: list[str], method: Method) -> None:
+    """Some deltas ask more of their layers than that each fits by itself; `others` are left alone."""
+    misfit = getattr(parts.load("delta", method.delta.name), "misfit", None)
+    if misfit is not None and (problem := misfit(layers, others)):
+        raise UserError(problem, where="adapter.target_modules")
 
 
 def _base_parts() -> list[tuple[str, ModuleType]]:

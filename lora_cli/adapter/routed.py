@@ -4,7 +4,6 @@ No single matrix stands for it, so it is never merged. Shapes: x is [..., in], g
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -12,17 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_cli.adapter.base import Base
-from lora_cli.adapter.delta import Delta, Place
-
-
-@dataclass(frozen=True)
-class Routes:
-    """Where a router has sent what it was given."""
-
-    probabilities: Tensor
-    """[..., experts], float32, with their graph: of all experts, chosen or not."""
-    chosen: Tensor
-    """[..., experts], bool."""
+from lora_cli.adapter.delta import Delta, Ledger, Place
 
 
 class Routed(Delta):
@@ -35,16 +24,17 @@ class Routed(Delta):
         super().__init__(place.dropout)
         self.scale, self.top = place.scale, top
         self.router = nn.Parameter(torch.zeros(count, place.base.in_features))
-        self.routes: list[Routes] | None = None
-        """What `gates` has decided, while somebody wants to know."""
+        self.ledger = None if top is None else Ledger()
 
     def gates(self, x: Tensor) -> Tensor:
         """Weights of the experts for each token, float32; those that are not chosen have none."""
         logits = F.linear(x, self.router.to(x.dtype)).float()
-        among = logits if self.top is None else only_top(logits, self.top)
-        if self.routes is not None:
-            self.routes.append(Routes(logits.softmax(-1), among.detach() > -torch.inf))
-        return among.softmax(-1)
+        if self.top is None or self.ledger is None:
+            return logits.softmax(-1)
+        best = logits.topk(self.top, -1)
+        gates = torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))
+        self.ledger.write(logits, gates.detach() > 0)
+        return gates
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + ΔW·x. The router sees all of x, whatever is dropped from the input of the experts."""
@@ -115,9 +105,3 @@ def uniform(A: Tensor, generator: torch.Generator) -> None:
     """Fill A [rows, in] with U(-1/√in, 1/√in), as LoRA's authors do."""
     bound = A.shape[1] ** -0.5
     nn.init.uniform_(A, -bound, bound, generator=generator)
-
-
-def only_top(logits: Tensor, count: int) -> Tensor:
-    """The `count` largest of each row; -inf in place of the others."""
-    best = logits.topk(count, -1)
-    return torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)

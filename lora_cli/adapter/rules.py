@@ -39,7 +39,7 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
 
 def is_mergeable(method: Method) -> bool:
     """Whether one weight stands for ΔW, whatever the input."""
-    return getattr(parts.load("delta", method.delta.name).make, "mergeable", True)
+    return getattr(parts.load("delta", method.delta.name), "mergeable", True)
 
 
 def check(method: Method, facts: Collection[str]) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_cli.adapter.reading import Reading
+
 IGNORE = -100
 """Label of a position that is not trained on, as in PyTorch's cross entropy."""
 
@@ -33,6 +35,17 @@ class Batch:
     """1 for tokens and 0 for padding; None for packed rows, whose documents are told apart by position_ids."""
     rows: tuple[int, ...]
     """Indices of the examples, to name them when something goes wrong."""
+
+    def reading(self) -> Reading:
+        """Its documents; the prompt of one is what stands before its first learned token."""
+        number = (self.position_ids == 0).flatten().cumsum(0) - 1
+        learned = (self.labels != IGNORE).flatten()
+        before = learned.cumsum(0) - learned.long()  # learned tokens before each one, in the whole batch
+        first = torch.searchsorted(number, number)  # where its document begins
+        prompt = (before + learned.long() - before[first] == 0).view_as(self.labels)
+        if self.attention_mask is not None:
+            prompt = prompt & (self.attention_mask != 0)
+        return Reading(number.view_as(self.labels), prompt)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device, copied without waiting."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lora_cli.adapter.reading import reading
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import IGNORE, Batch, Example
 from lora_cli.errors import ExitCode, UserError
@@ -229,9 +230,10 @@ def _logits(model: PreTrainedModel, *documents: list[int]) -> Tensor:
     """Logits of the last document of a pack, but for its first token."""
     group = [(0, Example(tuple(ids), (True,) * len(ids), "")) for ids in documents]
     batch = _packed(group).to(model.device)
-    output = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
-    )
+    with reading(model, batch.reading):
+        output = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+        )
     return output.logits[0, 1 - len(documents[-1]) :].float()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lora_cli.adapter.reading import Reading, reading, rows_of
 from lora_cli.data.tokens import Ids
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.evaluate.length import check_length
@@ -106,7 +107,12 @@ def _predictions(model: PreTrainedModel, inputs: list[Input], pad_id: int) -> tu
     ends = [row * width + len(ids) for row, (ids, _) in enumerate(inputs)]
     lengths = [length for _, length in inputs]
     positions = [at for end, length in zip(ends, lengths, strict=True) for at in range(end - length, end)]
-    with head_sees(model, torch.tensor(positions, device=model.device)):
+    prompts = torch.tensor([len(ids) - length + 1 for ids, length in inputs])
+
+    def documents() -> Reading:
+        return rows_of((torch.arange(width) < prompts[:, None]).to(model.device))
+
+    with reading(model, documents), head_sees(model, torch.tensor(positions, device=model.device)):
         output = model(
             input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
         )

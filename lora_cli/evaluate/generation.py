@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from lora_cli.adapter.reading import reading, rows_of
 from lora_cli.data import template
 from lora_cli.data.columns import conversation
 from lora_cli.data.tokens import Ids, encode
@@ -143,7 +144,8 @@ def _generate(
         use_cache=True,
     )
     generate: Any = model.generate
-    with evaluating(model), _plain_settings(model):
+    of_prompts = mask.to(model.device).bool()
+    with evaluating(model), _plain_settings(model), reading(model, lambda: rows_of(of_prompts, goes_on=True)):
         output: Any = generate(
             input_ids.to(model.device),
             attention_mask=mask.to(model.device),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lora_cli.adapter.reading import reading
 from lora_cli.data.example import IGNORE, Batch
 from lora_cli.data.pack import Documents, micro_batches
 from lora_cli.errors import ExitCode, UserError, some_of
@@ -98,7 +99,8 @@ def row_sums(
 
 def _sums(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """−Σ log p over the trained tokens of each row of a padded batch, float64 [rows]."""
-    logits, targets = trained_logits(model, batch, device)
+    with reading(model, lambda: batch.to(device).reading()):
+        logits, targets = trained_logits(model, batch, device)
     each = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
     row_of = (batch.labels[:, 1:] != IGNORE).nonzero()[:, 0]
     # Added up on the CPU, where the order of the terms, and so the last digit, is always the same.

@@ -375,6 +375,9 @@ class AdapterRecipe(Section):
     trainable: Annotated[Part, Axis("trainable")] | None = Field(
         default=None, description="Which factors train; default: the method's."
     )
+    attention: Annotated[Part, Axis("attention")] | None = Field(
+        default=None, description="What a token sees while training; default: the method's."
+    )
     rank: Annotated[Part, RankAxis()] | None = Field(
         default=None, description="How r is shared out among the layers, and when; default: the method's."
     )

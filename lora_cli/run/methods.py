@@ -49,7 +49,9 @@ def _explain_preset(name: str, screen: Screen) -> None:
     ]
     screen.table(["axis", "part", "with", ""], rows)
     for key, value in preset.keys.items():
-        screen.note(f"default of adapter.{key}: {value if isinstance(value, int) else ', '.join(value)}")
+        screen.note(
+            f"default of adapter.{key}: {value if isinstance(value, int | str) else ', '.join(value)}"
+        )
     own = [(axis, part.name) for axis in preset.parts for part in chosen[axis]]
     for axis, part in own:
         _settings(axis, part, screen)

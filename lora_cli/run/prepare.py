@@ -43,6 +43,11 @@ def check_method(recipe: Recipe) -> None:
     method = presets.resolve(recipe.adapter, recipe.train.optimizer)
     facts = rules.facts_of(method, presets.with_defaults(recipe.adapter))
     rules.check(method, facts | _changed(recipe.train))
+    if method.attention.name != "full" and recipe.model.attention in ("eager", "flash_attention_2"):
+        what = (
+            f"adapter.attention: {method.attention.name} stands in for sdpa, not for {recipe.model.attention}"
+        )
+        raise UserError(what, where="model.attention", fix="leave it out, or set sdpa")
 
 
 def _changed(train: TrainRecipe) -> set[str]:
@@ -131,6 +136,7 @@ def training(
     shares = share_out(language.model, adapter, accelerator) if shared else None
     with models.computing(language.model):
         packing = _packs(recipe, language.model)
+    attention.train_with(language.model, plan.method.attention)
     if asked := recipe.train.gradient_checkpointing:
         recompute(language.model, None if asked is True else asked)
     language.model.train()

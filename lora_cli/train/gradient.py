@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora_cli.adapter.reading import reading
 from lora_cli.data.example import Batch
 from lora_cli.data.pack import micro_batches, nothing
 from lora_cli.errors import ExitCode, UserError
@@ -35,6 +36,8 @@ def accumulate(
     """
     while True:
         batches = _evened(run, _mine(run, rows))
+        for lifecycle in run.lifecycles:
+            lifecycle.begin_step(run)
         try:
             losses, pieces = _backwards(run, batches, trained_tokens)
             enough = True
@@ -96,14 +99,19 @@ def _backwards(
 
 
 def _backward(run: "Training", batch: Batch, index: int, trained_tokens: int) -> Tensor:
-    """Add the gradient of one micro-batch; returns its loss as a share of the step's, still on the device."""
+    """Add the gradient of one micro-batch; returns its loss as a share of the step's, still on the device.
+
+    What parts add to the loss has no share in what is returned.
+    """
     of_all = index * run.processes.size + run.processes.rank
     torch.manual_seed(seed_of(run.train.seed, run.step, of_all))
-    with run.computing():
-        loss = run.loss(batch, run.accelerator.device) / trained_tokens
-    if not loss.requires_grad:
-        raise unconnected(run, list(run.adapter.trainable()), run.step + 1)
-    run.scaler.scale(loss).backward()
+    with reading(run.model, lambda: batch.to(run.accelerator.device).reading()):
+        with run.computing():
+            loss = run.loss(batch, run.accelerator.device) / trained_tokens
+        if not loss.requires_grad:
+            raise unconnected(run, list(run.adapter.trainable()), run.step + 1)
+        added = [each for lifecycle in run.lifecycles if (each := lifecycle.loss(run, batch)) is not None]
+        run.scaler.scale(sum(added, loss)).backward()
     return loss.detach()
 
 

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,6 +155,15 @@ class Training:
     def adds_in_order(self) -> bool:
         """Whether micro-batches are added up in the order that one process would add them up in."""
         return self.train.deterministic and self.processes.size > 1
+
+    @property
+    def tokens(self) -> int:
+        """Read in the step at hand by all processes, padding not counted."""
+        return int(self.examples.lengths[self.rows(self.step)].sum())
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Sum over the processes, in place."""
+        self.processes.sum(tensors)
 
     def measure(self, kind: str) -> dict[str, Tensor]:
         """What an init asks for, on the rows of the next step."""

@@ -1,10 +1,8 @@
 """experts: ΔW·x = s·Σ g_n(x)·B_n·A_n·x, several LoRAs on one layer, mixed by a router g. arXiv:2309.05444
 
-The router mixes anew for every token; with `top` a token is given the best few of them only, whose weights add up
-to 1. Depends on the input: never merged.
+The router mixes anew for every token, with weights that add up to 1. Depends on the input: never merged.
 """
 
-from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -16,6 +14,7 @@ from lora_cli.adapter.delta import Place
 from lora_cli.adapter.routed import uniform
 from lora_cli.recipe.schema import Section
 
+mergeable = False
 needs = {"init.routed": "a router has to be drawn, too"}
 forbids = {
     "base.embedding": "a router cannot read token ids",
@@ -25,25 +24,17 @@ forbids = {
 
 
 class Settings(Section):
-    """Settings in a recipe: `{experts: {count: 8, top: 2}}`."""
+    """Settings in a recipe: `{experts: {count: 8}}`."""
 
     count: Annotated[int, Field(ge=2)] = Field(default=8, description="Experts of a layer.")
-    top: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Experts that a token is given, the best ones; default: all."
-    )
-
-    def contradictions(self) -> Iterator[str]:
-        """Of so many, not more."""
-        if self.top is not None and self.top > self.count:
-            yield "'top' is above 'count'; there are no more experts than that"
 
 
 class Experts(routed.Experts):
     """Every expert has a pair of its own."""
 
-    def __init__(self, place: Place, count: int, top: int | None) -> None:
+    def __init__(self, place: Place, count: int) -> None:
         """A is [count·r, in], the experts one below the other."""
-        super().__init__(place, count, top)
+        super().__init__(place, count)
         self.A = nn.Parameter(torch.zeros(count * place.r, place.base.in_features))
 
     def narrow(self, x: Tensor) -> Tensor:
@@ -63,8 +54,6 @@ class Experts(routed.Experts):
 make = Experts
 
 
-def shapes(
-    in_features: int, out_features: int, r: int, count: int, top: int | None
-) -> dict[str, tuple[int, ...]]:
+def shapes(in_features: int, out_features: int, r: int, count: int) -> dict[str, tuple[int, ...]]:
     """The tensors that make up ΔW."""
     return {"A": (count * r, in_features), "B": (out_features, count * r), "router": (count, in_features)}

@@ -13,6 +13,7 @@ from lora_cli.adapter.delta import Place
 from lora_cli.adapter.routed import Experts, uniform
 from lora_cli.recipe.schema import Section
 
+mergeable = False
 needs = {"init.routed": "a router has to be drawn, too"}
 forbids = {
     "base.embedding": "a router cannot read token ids",

@@ -11,6 +11,7 @@ from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Place
 from lora_cli.adapter.routed import Routed
 
+mergeable = False
 needs = {
     "init.routed": "a router has to be drawn, too",
     "scale.constant": "nothing grows with the number of vectors: their weights add up to 1",
