@@ -29,6 +29,8 @@ class Ours(Section):
     base_fingerprint: str | None = None
     layers: tuple[str, ...] = ()
     """The adapted layers, where the names of the tensors do not tell."""
+    codes: str | None = None
+    """A hash of the quantised base that it was trained on."""
 
 
 @dataclass(frozen=True)
