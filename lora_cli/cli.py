@@ -33,6 +33,13 @@ TYPERS_CTRL_C = 130
 SMALLER = "take less at once: train.micro_batch_size: 1, eval.batch_size, data.max_length, or gradient_checkpointing"
 
 
+class Weights(StrEnum):
+    """Those that were trained with, dequantised, or those on disk."""
+
+    trained = "trained"
+    original = "original"
+
+
 class Dtype(StrEnum):
     """How numbers are stored."""
 
@@ -305,13 +312,16 @@ def merge(
         Dtype | None, typer.Option(help="Type of the merged weights; default: the base's own.")
     ] = None,
     base: BaseModel = None,
+    onto: Annotated[
+        Weights, typer.Option(help="Of an adapter that was trained on a quantised base: onto which weights.")
+    ] = Weights.trained,
     as_json: AsJson = False,
 ) -> None:
     """Write a plain model with the adapter in its weights, and prove that it computes the same."""
     from lora_cli.run.merge import merge
 
     screen = Screen()
-    screen.result(merge(adapter, output, dtype and dtype.value, screen, base=base), as_json)
+    screen.result(merge(adapter, output, dtype and dtype.value, screen, base=base, onto=onto.value), as_json)
 
 
 @app.command()

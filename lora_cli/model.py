@@ -16,9 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
 
-from lora_cli import experts, parts
+from lora_cli import experts, packed, parts
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends
+from lora_cli.adapter.quantised import Quantised
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import ModelRecipe
 
@@ -55,12 +56,18 @@ class LanguageModel:
 def load(recipe: ModelRecipe, device: torch.device | None = None) -> LanguageModel:
     """Load weights and tokenizer, add tokens, untie the ends; on `device` (default: the CPU).
 
+    What is to be quantised stays on the CPU until it is.
+
     Raises:
         UserError: the model is missing, is not a decoder-only language model, or its files are incomplete.
     """
     device = device or torch.device("cpu")
     tokenizer = load_tokenizer(recipe)
-    model = _weights(recipe, stored_dtype(recipe, device)).to(device)  # pyright: ignore[reportArgumentType]
+    model = _weights(recipe, stored_dtype(recipe, device))
+    if (
+        recipe.quantize is None
+    ):  # else it is quantised here first, layer by layer, and may not fit there before
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
     return with_tokens(model, tokenizer, recipe)
 
 
@@ -73,6 +80,29 @@ def skeleton(recipe: ModelRecipe, device: str = "meta", **settings: Any) -> PreT
         settings: of transformers' `from_config`, such as `dtype`.
     """
     config = _config(recipe)
+    skeleton = _without_weights(recipe, config, device, **settings)
+    packed.pretend(skeleton, config)
+    return skeleton
+
+
+def refuse_packed(recipe: ModelRecipe) -> None:
+    """Refuse a model that is stored quantised, where its weights are to be written anew.
+
+    Raises:
+        UserError: it is.
+    """
+    stored = packed.format_of(_config(recipe))
+    if stored is not None:
+        what, fix = (
+            f"{recipe.name} is stored in {stored}, which is not merged onto",
+            "use the adapter folder itself",
+        )
+        raise UserError(what, where="the base", fix=fix, code=ExitCode.MODEL)
+
+
+def _without_weights(
+    recipe: ModelRecipe, config: Any, device: str = "meta", **settings: Any
+) -> PreTrainedModel:
     try:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
@@ -172,7 +202,16 @@ def stored_as(model: nn.Module) -> torch.dtype:
 
 def size_of(model: nn.Module) -> int:
     """Numbers in the model itself, without those of adapters."""
-    return sum(p.numel() for p in {id(p): p for p in _plain(model)}.values())
+    quantised = [layer for layer in model.modules() if isinstance(layer, Quantised)]
+    return sum(p.numel() for p in {id(p): p for p in _plain(model)}.values()) + sum(
+        layer.in_features * layer.out_features for layer in quantised
+    )
+
+
+def bytes_of(model: nn.Module) -> int:
+    """What parameters and buffers of the model itself take, without those of adapters."""
+    tensors = [*_plain(model), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def computing(model: nn.Module, precision: torch.dtype | None = None) -> AbstractContextManager[Any]:
@@ -219,6 +258,12 @@ def _config(recipe: ModelRecipe) -> Any:
     reason = _not_a_language_model(config)
     if reason:
         raise UserError(f"{recipe.name} is {reason}", where="model.name", fix=SCOPE, code=ExitCode.MODEL)
+    stored = packed.format_of(config)
+    if stored is not None and recipe.quantize not in (None, "none"):
+        what = f"{recipe.name} is stored in {stored} already"
+        raise UserError(what, where="model.quantize", fix="leave it out, or set none", code=ExitCode.MODEL)
+    if stored is not None:
+        packed.require(recipe.name)
     return config
 
 
@@ -251,10 +296,9 @@ def _not_a_language_model(config: Any) -> str | None:
         return f"{kind}, which reads more than text"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"{kind}, which does not predict the next token"
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        how = stored.get("quant_method", "") if isinstance(stored, dict) else stored.quant_method
-        return f"{kind}, stored quantised ({how}), which is not supported yet"
+    stored = packed.method_of(config)
+    if stored is not None and packed.format_of(config) is None:
+        return f"{kind}, stored quantised ({stored}); of such models only those of bitsandbytes are read"
     code = (getattr(config, f"_{part}_implementation", None) for part in ("attn", "experts"))
     if any("/" in str(name) for name in code):
         return f"{kind}, which computes with code from the Hub"
@@ -334,6 +378,8 @@ def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise missing(recipe, f"{len(info['missing_keys'])} weights are missing, such as {first}")
+    if packed.format_of(model.config) is not None:
+        packed.adopt(model, _without_weights(recipe, _config(recipe)))
     return model.eval()
 
 

@@ -98,6 +98,11 @@ def declared(axis: str, name: str) -> list[tuple[str, Any, str]]:
     return found
 
 
+def defines(axis: str, name: str, word: str) -> bool:
+    """Whether a part's file has a function of that name, read from it without importing it."""
+    return any(isinstance(node, ast.FunctionDef) and node.name == word for node in _parsed(axis, name).body)
+
+
 def _parsed(axis: str, name: str) -> ast.Module:
     return ast.parse((METHODS / axis / f"{name}.py").read_text(encoding="utf-8"))
 

@@ -73,6 +73,39 @@ PRESETS: dict[str, Preset] = {
         "learning rate slightly below LoRA's.",
         parts={"combine": Part(name="dora")},
     ),
+    "qlora": Preset(
+        title="QLoRA: LoRA over a base that is kept in 4 bits",
+        paper="arXiv:2305.14314",
+        when="When the base does not fit in memory in 16 bits. The paper adapts all linear layers, r 64 and alpha 16. "
+        "Merged, it is the quantised base in 16 bits; `lora merge --onto original` is another model.",
+        parts={"base": Part(name="nf4")},
+    ),
+    "qdora": Preset(
+        title="QDoRA: DoRA over a base that is kept in 4 bits",
+        paper="arXiv:2402.09353",
+        when="As qlora, when quality at a small r matters more than the time of a step.",
+        parts={"base": Part(name="nf4"), "combine": Part(name="dora")},
+    ),
+    "loftq": Preset(
+        title="LoftQ: QLoRA whose A and B start as what quantising took",
+        paper="arXiv:2310.08659",
+        when="As qlora, above all with a large r and few steps: the model starts closer to the one that is on disk. "
+        "Saved on the same base as qlora's with one iteration, on one of its own with more.",
+        parts={"base": Part(name="nf4"), "init": Part(name="loftq")},
+    ),
+    "lq_lora": Preset(
+        title="LQ-LoRA: W0 as a quantised matrix and a thin one, which trains",
+        paper="arXiv:2311.12023",
+        when="As loftq. The thin matrix is taken off W0 first and the rest is quantised; without the paper's choice of "
+        "bits by layer.",
+        parts={"base": Part(name="nf4"), "init": Part(name="lq")},
+    ),
+    "lqer": Preset(
+        title="LQER: A and B start as what quantising took, weighted by what the layer's inputs use",
+        paper="arXiv:2402.02446",
+        when="As loftq. The paper's own use is without training: `train: {max_steps: 1, learning_rate: 0}`.",
+        parts={"base": Part(name="nf4"), "init": Part(name="lqer")},
+    ),
     "pissa": Preset(
         title="PiSSA: A and B start as the principal part of W0",
         paper="arXiv:2404.02948",
@@ -557,6 +590,8 @@ class Method:
     """The parts of a method, one an axis; of the lifecycle any number."""
 
     name: str
+    base: Part | None = None
+    """What W0 is quantised to, after the start; None: it stays as it is."""
     delta: Part = Part(name="lowrank")
     combine: Part = Part(name="add")
     init: Part = Part(name="kaiming")
@@ -571,15 +606,20 @@ class Method:
     def chosen(self) -> dict[str, tuple[Part, ...]]:
         """Axis -> parts."""
         named = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "name"}
-        return {axis: part if isinstance(part, tuple) else (part,) for axis, part in named.items()}
+        return {
+            axis: part if isinstance(part, tuple) else (part,)
+            for axis, part in named.items()
+            if part is not None
+        }
 
 
-def resolve(adapter: "AdapterRecipe", optimizer: Part | None = None) -> Method:
+def resolve(adapter: "AdapterRecipe", optimizer: Part | None = None, quantize: str | None = None) -> Method:
     """The preset's parts with the recipe's own on top.
 
     Args:
         adapter: the section of the recipe.
         optimizer: `train.optimizer`, where the recipe names one.
+        quantize: `model.quantize`, where the recipe names one; `none` takes the preset's back.
 
     Raises:
         UserError: there is no such method.
@@ -587,6 +627,8 @@ def resolve(adapter: "AdapterRecipe", optimizer: Part | None = None) -> Method:
     own = {axis: getattr(adapter, axis) for axis in AXES if axis not in ("base", "optimizer")}
     own["optimizer"] = optimizer
     chosen = {axis: part for axis, part in own.items() if part is not None}
+    if quantize is not None:
+        chosen["base"] = None if quantize == "none" else Part(name=quantize)
     if "dropout" not in adapter.model_fields_set:
         del chosen["dropout"]
     return Method(name=adapter.method, **{**_preset(adapter.method).parts, **chosen})

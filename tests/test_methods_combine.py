@@ -59,6 +59,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "init.corda": [{"rows": 4}, {"rows": 4, "mode": "kpm"}],
     "init.eva": [{"rows": 4}, {"rows": 4, "rho": 2.0}],
     "init.gradient_frame": [{"rows": 4}, {"rows": 4, "size": 5e-3}],
+    "init.loftq": [{}, {"iterations": 3}],
+    "init.lq": [{"iterations": 2}],
+    "init.lqer": [{"rows": 4}],
     "init.lora_ga": [{"rows": 4}],
     "init.pissa": [{}, {"niter": 3}],
     "scale.constant": [{}, {"value": 0.5}],
@@ -205,7 +208,9 @@ class Combination:
 
     def plan(self, model: nn.Module) -> Plan:
         """As `lora check` makes it."""
-        return plans.make(self.adapter, model, ENDS, optimizer=self.train.optimizer)
+        (base,) = self.chosen.get("base") or (None,)
+        quantize = base and base.name
+        return plans.make(self.adapter, model, ENDS, optimizer=self.train.optimizer, quantize=quantize)
 
     def __str__(self) -> str:
         named = [
@@ -300,7 +305,7 @@ def test_a_refusal_gives_a_reason_and_the_key_it_is_about(axis, name):
 def test_what_a_part_needs_and_forbids_exists(axis, name):
     known = {f"{other}.{each}" for other in parts.AXES for each in parts.names(other)}
     known |= {
-        "base.quantized",
+        *("base.quantized", "base.packed"),
         rules.MERGEABLE,
         *AdapterRecipe.model_fields,
         *(f"train.{key}" for key in TrainRecipe.model_fields),

@@ -107,6 +107,11 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "model.name": Case("adapter", "${other}"),
     "model.revision": Case("refused", "main", told="a folder has no revisions"),
     "model.dtype": Case("adapter", "bfloat16"),
+    "model.quantize": (
+        Case("adapter", "nf4"),
+        Case("adapter", "none", {"adapter.method": "qlora"}),
+        Case("refused", "int8", {"adapter.method": "full"}, "quantized"),
+    ),
     "model.attention": (Case("screen", "eager"), Case("adapter", "eager", {"data.packing": False})),
     "model.add_tokens": Case("adapter", ["<|think|>"]),
     "model.untie": (

@@ -7,6 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+SAMPLED_WEIGHTS = 4096
+"""Of each layer, by which a base is known again."""
+SIGNS = "signs"
+"""Buffer of a layer whose weights were sampled before."""
 
 
 class Base(ABC):
@@ -25,6 +31,18 @@ class Base(ABC):
     """The dimension of the module's output that W0's rows are in; here and in ΔW they are always the last one."""
     project: Callable[[Tensor, Tensor], Tensor]
     """`project(x, A)`: A [r, in] applied to x the way W0 is applied; returns [..., r]."""
+    taken: tuple[Tensor, Tensor] | None = None
+    """(B, A) of what was added to W0 before it was quantised, and belongs to no weight; see `quantised`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.module.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a plain layer in its place has its weight in."""
+        return self.module.weight.dtype
 
     @property
     @abstractmethod
@@ -56,6 +74,16 @@ class Base(ABC):
         stored = self.module.weight.detach()
         return self.oriented((stored.full_tensor() if isinstance(stored, DTensor) else stored).float())
 
+    def through(self, A: Tensor) -> Tensor:
+        """A·W0ᵀ in float32 [r, out], computed in the type that W0 is kept in."""
+        W0 = self.oriented(self.module.weight)
+        return F.linear(A.to(W0.dtype), W0).float()
+
+    def signs(self) -> Tensor:
+        """Of a sample of the weights; they survive every rounding."""
+        noted = dict(self.module.named_buffers(recurse=False)).get(SIGNS)
+        return signs(self.module.weight) if noted is None else noted
+
     def set_weight(self, W: Tensor) -> None:
         """Write W [out, in] where W0 is, cast to its type."""
         with torch.no_grad():
@@ -65,6 +93,17 @@ class Base(ABC):
         """A tensor of ΔW (`A` [r, in], `B` [out, r] ...) in the shape that PEFT has it in, beside such a module."""
         return tensor
 
+    def without_taken(self, x: Tensor) -> Tensor:
+        """W0·x + b0, less what `taken` stands for."""
+        return self(x)
+
     @abstractmethod
     def replaced(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A new plain module of the same kind that holds `weight` [out, in] and `bias`, in their dtype."""
+
+
+def signs(weight: Tensor) -> Tensor:
+    """Of a sample of its numbers."""
+    flat = weight.detach().flatten()
+    step = max(flat.numel() // SAMPLED_WEIGHTS, 1) | 1  # odd, to go through all columns
+    return torch.signbit(flat[::step])

@@ -103,6 +103,11 @@ class Delta(nn.Module, ABC):
         """What of x reaches ΔW."""
         return x if self.dropout is None else self.dropout(x)
 
+    def put_on(self, base: Base) -> None:
+        """Compute with what W0 has been quantised to, where ΔW is made of W0."""
+        if "base" in vars(self):
+            self.base = base
+
     @abstractmethod
     def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + ΔW·x for an x from which has been dropped what is to be dropped."""
@@ -217,7 +222,7 @@ class LowRank(Factored):
         """Return W0·x + b0 + ΔW·dropped; with a plain frozen W0 as one step of the graph."""
         W = base.dense
         if W is None:
-            return self._add_trained(self._add_fixed(base(x), x), dropped)
+            return self._add_trained(self._with_fixed(base, x), dropped)
         if self.fixed_A is not None and self.fixed_B is not None:
             y = product(x, x, W, base.bias, self.fixed_A, self.fixed_B, 1.0)
             return self._add_trained(y, dropped)
@@ -226,6 +231,16 @@ class LowRank(Factored):
             own = self.scale * self.bias.to(W.dtype)
             bias = own if bias is None else bias + own
         return product(x, dropped, W, bias, self.down(), self.up(), self.scale)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The tensors by name, without what is fixed."""
+        return {key: p for key, p in self.named_parameters() if not key.startswith("fixed_")}
+
+    def _with_fixed(self, base: Base, x: Tensor) -> Tensor:
+        """W0·x + b0 and what is fixed; what was taken off W0 before it was quantised stands in both, and cancels."""
+        if base.taken is not None and base.taken[1] is self.fixed_A:
+            return base.without_taken(x)
+        return self._add_fixed(base(x), x)
 
     def _add_fixed(self, y: Tensor, x: Tensor) -> Tensor:
         if self.fixed_A is None or self.fixed_B is None:

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from lora_cli import __version__, io_ops, parts
 from lora_cli.adapter import expert_format, peft_format
+from lora_cli.adapter.base import SIGNS
+from lora_cli.adapter.base import signs as signs_of
 from lora_cli.adapter.inject import Adapter, without_adapters
 from lora_cli.adapter.peft_format import PREFIX, ROWS, rows_name
-from lora_cli.adapter.plan import Ends, LayerSpec, Plan
+from lora_cli.adapter.plan import Ends, LayerSpec, Plan, to_quantise
 from lora_cli.adapter.portable import FILLED, LOWRANK, Portable, saved_form
+from lora_cli.adapter.quantised import digest
 from lora_cli.adapter.saved import CONFIG, OURS, WEIGHTS, Ours, Saved, read
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.presets import Method
@@ -38,13 +41,9 @@ __all__ = [
     "plan_of",
     "read",
     "save",
+    "taken_of",
     "write",
 ]
-
-SAMPLED_WEIGHTS = 4096
-"""Of each layer, for the base's fingerprint."""
-SIGNS = "signs"
-"""Buffer of a layer whose weights were sampled before."""
 
 
 def save(
@@ -86,6 +85,7 @@ def write(
         base_fingerprint=fingerprint(model, plan),
         split_experts=bool(expert_format.adapted(plan)),
         layers=() if peft_format.is_peft(plan, model) else tuple(spec.name for spec in plan.layers),
+        codes=digest(model),
     )
     io_ops.write_json(folder / OURS, ours.model_dump(mode="json"))
 
@@ -103,16 +103,20 @@ def plan_of(saved: Saved, model: nn.Module, ends: Ends, weights: Mapping[str, Te
         UserError: a tensor is missing, fits nowhere or has another shape, or the base is another one.
     """
     known = peft_format.plain_parameters(model)
+    taken = taken_of(saved, model)
+    gone = {key for name in taken for key in peft_format.taken(name, taken[name])}
     contents = known if weights is None else weights
     tensors = {key: t for key, t in saved.tensors.items() if not _is_the_bases(key, t, known, contents)}
+    tensors = {key: t for key, t in tensors.items() if key not in gone}
     saved = replace(saved, tensors=tensors)
     ends = replace(ends, tied=ends.tied and _stay_tied(saved, ends))
     layers = tuple(_spec(name, saved, model) for name in _layers(saved, model))
     bias = any(key.endswith(peft_format.LINEAR["bias"]) for key in tensors)
-    plan = Plan(method_of(saved), layers, bias, (), _row_ids(saved, ends, known), ends)
+    plan = Plan(method_of(saved), layers, bias, (), _row_ids(saved, ends, known), ends, taken=bool(taken))
     factors = peft_format.shapes(plan, model)
     others = {peft_format.parameter_of(key) for key in tensors.keys() - factors.keys()}
-    plan = replace(plan, also=tuple(name for name in known if name in others))
+    also = tuple(name for name in known if name in others)
+    plan = replace(plan, also=also, quantised=to_quantise(plan.method, model, ends, also))
     _check_tensors(saved, peft_format.shapes(plan, model))
     theirs = saved.ours.base_fingerprint
     if theirs is not None and theirs != fingerprint(model, plan, weights):
@@ -120,10 +124,28 @@ def plan_of(saved: Saved, model: nn.Module, ends: Ends, weights: Mapping[str, Te
     return plan
 
 
+def taken_of(saved: Saved, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (B, A) of what was added to its W0 before it was quantised.
+
+    Raises:
+        UserError: there is no such layer, or one of both is missing or has another shape.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, factors in peft_format.taken_of(saved.tensors).items():
+        kind = peft_format.kind_of(model, name)
+        shapes = {key: tuple(factor.shape) for key, factor in factors.items()}
+        r = factors["A"].shape[0] if factors.keys() == {"A", "B"} and factors["A"].ndim == 2 else 0
+        if kind is None or shapes != {"A": (r, kind[1].in_features), "B": (kind[1].out_features, r)}:
+            raise saved.mismatch(f"what was taken off {name} is not of its shape: {shapes}")
+        found[name] = factors["B"], factors["A"]
+    return found
+
+
 def fill(adapter: Adapter, saved: Saved) -> None:
     """Copy the saved tensors into an adapter that was injected by their plan."""
     with torch.no_grad():
-        # An untied end without rows of its own keeps those it starts with, which are the base's.
+        # An untied end without rows of its own keeps those it starts with, which are the base's; what was taken off W0
+        # is there already.
         peft_format.take(adapter, saved.tensors)
 
 
@@ -135,10 +157,9 @@ def fingerprint(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | No
     """
     digest = hashlib.sha256()
     for spec in sorted(plan.layers, key=lambda spec: spec.name):
+        base = peft_format.base_of(model, spec.name)
+        signs = base.signs() if weights is None else signs_of(weights[f"{spec.name}.weight"])
         digest.update(f"{spec.name}:{spec.in_features}x{spec.out_features}".encode())
-        signs = (
-            _signs(model, spec.name) if weights is None else _sampled_signs(weights[f"{spec.name}.weight"])
-        )
         digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
@@ -146,22 +167,8 @@ def fingerprint(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | No
 def note_signs(model: nn.Module, plan: Plan) -> None:
     """Note what the fingerprint is made of: of a base that is shared out, no process has all of it to look at."""
     for spec in plan.layers:
-        model.get_submodule(spec.name).register_buffer(SIGNS, _signs(model, spec.name), persistent=False)
-
-
-def _signs(model: nn.Module, layer: str) -> Tensor:
-    module = model.get_submodule(layer)
-    noted = dict(module.named_buffers(recurse=False)).get(SIGNS)
-    if noted is not None:
-        return noted
-    assert isinstance(module.weight, Tensor), "a layer that can be adapted has a weight"
-    return _sampled_signs(module.weight)
-
-
-def _sampled_signs(weight: Tensor) -> Tensor:
-    flat = weight.detach().flatten()
-    sample = flat[:: max(flat.numel() // SAMPLED_WEIGHTS, 1) | 1]  # odd, to go through all columns
-    return torch.signbit(sample)
+        signs = peft_format.base_of(model, spec.name).signs()
+        model.get_submodule(spec.name).register_buffer(SIGNS, signs, persistent=False)
 
 
 # ---- a plan from tensors and config -------------------------------------------------------------------------------

@@ -4,19 +4,21 @@ The base's own tensors are never written to: what is trained in full, or moved, 
 """
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_cli import parts
-from lora_cli.adapter.base import Base
-from lora_cli.adapter.delta import Delta, Place, Shared
+from lora_cli.adapter.base import SIGNS, Base
+from lora_cli.adapter.delta import Delta, LowRank, Place, Shared
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan, view_of
+from lora_cli.adapter.quantised import Quantised, View, digest, remainder
 from lora_cli.adapter.reading import reader_of
 from lora_cli.adapter.rows import Rows
 from lora_cli.adapter.seed import generator_of
@@ -45,6 +47,8 @@ class Adapter:
     """Tensors that several layers have in common."""
     absorbed: dict[str, list[tuple[Tensor, Tensor]] | None] = field(default_factory=dict)
     """Layer whose W moves -> the factors (B, A) of what was added to it; None once they would be larger than W."""
+    codes: str | None = None
+    """A hash of the quantised base that it was put on; None where nothing is quantised."""
 
     @property
     def deltas(self) -> dict[str, Delta]:
@@ -127,22 +131,30 @@ def inject(
     seed: int = 0,
     statistics: Mapping[str, Tensor] | None = None,
     shared: Shared | None = None,
+    taken: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Adapter:
-    """Freeze the model, wrap the planned layers, draw the first ΔW, and return the active adapter.
+    """Freeze the model, wrap the planned layers, draw the first ΔW, quantise W0, and return the active adapter.
 
     Args:
-        model: changed in place; its own tensors are not. No other adapter is active on it.
+        model: changed in place; its own tensors are not, but for those that are quantised. No other adapter is active.
         plan: what to adapt.
         seed: the factors depend on it and on the layer's name only, not on device or order.
         statistics: layer -> what the init asked to be measured of it.
+        taken: layer -> (B, A) of what a saved adapter was started with, in place of what an init would take off W0.
         shared: what the layers have in common with others, where the plan is a part of a larger one.
     """
     model.requires_grad_(False)
     shared = shared or shared_of(plan, seed)
     shared.reader = reader_of(model)
-    found = statistics or {}
-    layers = {spec.name: _wrap(model, spec, plan, seed, shared, found.get(spec.name)) for spec in plan.layers}
-    adapter = Adapter(model, plan, layers, _new_rows(model, plan), shared=shared.tensors)
+    found, taken = statistics or {}, taken or {}
+    layers: dict[str, Adapted] = {}
+    for spec in plan.layers:
+        delta = _start(model, spec, plan, seed, shared, found.get(spec.name), taken.get(spec.name))
+        layers[spec.name] = _wrap(model, spec, plan, delta)
+    for name in plan.quantised:
+        if name not in layers:
+            _quantise(model, name, plan)
+    adapter = Adapter(model, plan, layers, _new_rows(model, plan), shared=shared.tensors, codes=digest(model))
     adapter.originals = {each: _get(model, each) for each in plan.also}
     adapter.also = _copies(adapter.originals, plan.ends.tied)
     adapter.activate()
@@ -185,8 +197,8 @@ def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) 
     for name, layer in layers.items():
         W, bias = layer.merged_weight(), layer.merged_bias()
         W0 = adapter.original_weight(name)
-        original = adapter.originals.get(f"{name}.weight", _get(model, f"{name}.weight"))
-        stored = rounded(W, dtype or original.dtype, name)
+        original = adapter.originals.get(f"{name}.weight")
+        stored = rounded(W, dtype or (layer.base if original is None else original).dtype, name)
         lost[name] = lost_by(stored, W, W0)
         bias = None if bias is None else rounded(bias, stored.dtype, name)
         model.set_submodule(name, layer.base.replaced(stored, bias))
@@ -198,6 +210,7 @@ def merge(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) 
         lost[name] = lost_by(stored, parameter.detach(), original.detach().float())
         _put(model, name, nn.Parameter(stored, requires_grad=False))
     _tie_again(model, adapter.plan.ends)
+    _dequantise(model, dtype)
     return lost
 
 
@@ -222,6 +235,16 @@ def depends_on_input(method: str, where: str) -> UserError:
     )
     fix = "use the adapter folder itself: lora generate, lora chat and lora eval read it"
     return UserError(what, where=where, fix=fix, code=ExitCode.MODEL)
+
+
+def _dequantise(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Put a plain layer wherever a quantised one is left, with what it computed with."""
+    left = [name for name, module in model.named_modules() if isinstance(module, Quantised)]
+    for name in left:
+        base = _base(model, name)
+        stored = rounded(base.weight(), dtype or base.dtype, name)
+        bias = None if base.bias is None else rounded(base.bias.detach(), stored.dtype, name)
+        model.set_submodule(name, base.replaced(stored, bias))
 
 
 def _tie_again(model: nn.Module, ends: Ends) -> None:
@@ -257,23 +280,79 @@ def lost_by(stored: Tensor, W: Tensor, W0: Tensor) -> float:
     return math.sqrt(lost / change) if change else 0.0
 
 
-def _wrap(
-    model: nn.Module, spec: LayerSpec, plan: Plan, seed: int, shared: Shared, statistic: Tensor | None
-) -> Adapted:
-    """Make the layer that stands in for a plain one; the plain one stays where it is."""
+def _start(
+    model: nn.Module,
+    spec: LayerSpec,
+    plan: Plan,
+    seed: int,
+    shared: Shared,
+    statistic: Tensor | None,
+    taken: tuple[Tensor, Tensor] | None,
+) -> Delta:
+    """The first ΔW of a layer, beside W0 as it is on disk."""
     method, base = plan.method, _base(model, spec.name)
     dropout = None if base.reads_ids else _make("dropout", method.dropout)
     place = Place(base, spec.r, spec.scale, dropout, plan.lora_bias, shared, spec.name)
     delta = _make("delta", method.delta, place)
-    start = Start(base, generator_of(seed, spec.name), statistic)
+    # Where nothing has values (a rehearsal), no start can be measured against another.
+    real = not isinstance(base.module.weight, FakeTensor)
+    rounding = _rounding(base, method.base) if spec.name in plan.quantised and real else None
+    start = Start(base, generator_of(seed, spec.name), statistic, rounding)
     with torch.no_grad():
         parts.load("init", method.init.name).init(delta, start, **parts.settings("init", method.init))
+        if taken is not None:
+            assert isinstance(delta, LowRank), "the files that are read are checked"
+            delta.fix(*taken)
+    return delta
+
+
+def _rounding(base: Base, part: Part | None) -> Callable[[tuple[Tensor, Tensor] | None], Tensor]:
+    """What quantising makes of W0, or of W0 and something thin added to it."""
+    assert part is not None, "something is to be quantised"
+    quantise = parts.load("base", part.name).quantise
+
+    def rounded(taken: tuple[Tensor, Tensor] | None) -> Tensor:
+        made: Quantised = quantise(base, remainder(base.weight(), taken))
+        return made.dequantised(torch.float32).to(base.device)
+
+    return rounded
+
+
+def _wrap(model: nn.Module, spec: LayerSpec, plan: Plan, delta: Delta) -> Adapted:
+    """Make the layer that stands in for a plain one; the plain one, or what it is quantised to, stays where it is."""
+    if spec.name in plan.quantised:
+        _quantise(model, spec.name, plan, delta)
+    method, base = plan.method, _base(model, spec.name)
     layer = _make("combine", method.combine, base, delta)
     trains = parts.load("trainable", method.trainable.name).trains
     for key, parameter in layer.own_tensors().items():
         parameter.requires_grad_(parameter.requires_grad and trains(key))
-    device = base.module.weight.device
+    device = layer.base.device
     return layer if device.type == "cpu" else layer.to(device)  # a fake tensor cannot be moved in place
+
+
+def quantised(base: Base, W0: Tensor, part: Part, taken: tuple[Tensor, Tensor] | None) -> Quantised:
+    """What stands in the place of a plain layer with the weight W0 [out, in], float32 on the CPU."""
+    made: Quantised = parts.load("base", part.name).quantise(base, remainder(W0, taken))
+    made.taken = taken
+    if not isinstance(W0, FakeTensor):
+        made.error = (torch.linalg.norm(View(made).weight() - W0) / torch.linalg.norm(W0)).item()
+    return made
+
+
+def _quantise(model: nn.Module, name: str, plan: Plan, delta: Delta | None = None) -> None:
+    """Put codes where a plain layer stands, on the CPU, so that they do not depend on the device; let go of W0."""
+    base, part = _base(model, name), plan.method.base
+    assert part is not None, "something is to be quantised"
+    taken: tuple[Tensor, Tensor] | None = None
+    if isinstance(delta, LowRank) and delta.fixed_A is not None and delta.fixed_B is not None:
+        taken = delta.fixed_B, delta.fixed_A
+    made = quantised(base, base.weight().cpu(), part, taken)
+    made.register_buffer(SIGNS, base.signs(), persistent=False)
+    made = made if base.device.type == "cpu" else made.to(base.device)
+    model.set_submodule(name, made.train(base.module.training))
+    if delta is not None:
+        delta.put_on(_base(model, name))
 
 
 def _base(model: nn.Module, name: str) -> Base:
@@ -294,7 +373,7 @@ def _new_rows(model: nn.Module, plan: Plan) -> dict[str, Adapted]:
     made: dict[str, Adapted] = {}
     for end in (plan.ends.embeddings, plan.ends.head):
         base = _base(model, end)
-        rows = Rows(base, plan.new_rows, shared).to(base.module.weight.device)
+        rows = Rows(base, plan.new_rows, shared).to(base.device)
         made[end] = Adapted(base, rows)
         if plan.ends.tied:
             shared = rows.values

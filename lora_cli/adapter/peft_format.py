@@ -4,6 +4,7 @@ base_model.model.<layer>.lora_A.weight [r, in], .lora_B.weight [out, r], .lora_B
 base_model.model.<embedding>.lora_embedding_A [r, vocabulary], .lora_embedding_B [dim, r]
 base_model.model.<embedding or head>.token_adapter.trainable_tokens_delta [tokens, dim]
 base_model.model.<parameter trained in full>, with `.base_layer` in it where its module is adapted
+base_model.model.<layer>.taken_A, .taken_B: what is added to W0 before it is quantised; PEFT has nothing like it
 """
 
 import math
@@ -29,6 +30,7 @@ LINEAR = {
 LOOKUP = {"A": "lora_embedding_A", "B": "lora_embedding_B", "magnitude": LINEAR["magnitude"]}
 SHARED = f"{PREFIX}shared."
 ROWS = "token_adapter.trainable_tokens_delta"
+TAKEN = "taken_"
 
 LORA = "LORA"
 OURS = "LORA_CLI"
@@ -183,6 +185,22 @@ def also_name(parameter: str, wrapped: Iterable[str]) -> str:
     return f"{PREFIX}{owner}.{'base_layer.' if owner in wrapped else ''}{key}"
 
 
+def taken(layer: str, factors: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """Name on disk -> what was added to W0 of a layer before it was quantised."""
+    named = {} if factors is None else {"B": factors[0], "A": factors[1]}
+    return {f"{PREFIX}{layer}.{TAKEN}{key}": factor for key, factor in named.items()}
+
+
+def taken_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer -> its `A` and `B` of these among the tensors of an adapter."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _, name = key.removeprefix(PREFIX).rpartition(f".{TAKEN}")
+        if layer:
+            found.setdefault(layer, {})[name] = tensor
+    return found
+
+
 def row_ends(plan: Plan) -> list[str]:
     """The modules whose rows are on disk: tied ends share theirs."""
     ends = [plan.ends.embeddings] if plan.ends.tied else [plan.ends.embeddings, plan.ends.head]
@@ -232,6 +250,7 @@ def is_peft(plan: Plan, model: nn.Module) -> bool:
         and plan.method.combine.name in ("add", "dora")
         and bool(plan.layers)
         and expert_format.fits(plan, model)
+        and not plan.taken
     )
 
 

@@ -82,7 +82,8 @@ def merged(
         UserError: no weight can stand for what the adapter adds.
     """
     with _filled(model, piece.parameters, read) as before:
-        adapter = inject.inject(model, piece.plan, shared=shared)
+        taken = files.taken_of(saved, model) if piece.plan.taken else None
+        adapter = inject.inject(model, piece.plan, taken=taken, shared=shared)
         files.fill(adapter, saved)
         inject.refuse_unmergeable(adapter)
         layers = {**adapter.layers, **adapter.ends}

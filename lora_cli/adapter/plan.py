@@ -5,7 +5,7 @@ Every pattern has to match something: a name that is silently ignored is a run t
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -15,6 +15,7 @@ from lora_cli import parts, presets
 from lora_cli.adapter import rules
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Shape
+from lora_cli.adapter.quantised import Quantised
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
 from lora_cli.presets import Method
@@ -26,6 +27,8 @@ WHOLE = "whole"
 """The delta that is no delta: W itself trains."""
 NONE = "none"
 """The delta of methods that train parameters of the model only."""
+QUANTISED = ("linear", "conv1d")
+"""Kinds of base that can be quantised."""
 EVERYTHING = "everything"
 """In train_also: every parameter of the model."""
 
@@ -66,6 +69,10 @@ class Plan:
     new_rows: tuple[int, ...] = ()
     """Token ids whose rows of the embedding (and of the head) are trained."""
     ends: Ends = Ends("", "", False)
+    quantised: tuple[str, ...] = ()
+    """Layers, adapted or not, whose W0 is quantised as `method.base` says."""
+    taken: bool = False
+    """Whether something is taken off W0 before, which belongs to the adapter."""
 
     @property
     def shared(self) -> dict[str, Shape]:
@@ -116,6 +123,7 @@ def make(
     new_rows: Iterable[int] = (),
     untied: bool = False,
     optimizer: Part | None = None,
+    quantize: str | None = None,
 ) -> Plan:
     """Match the patterns of `adapter` against the modules of `model`.
 
@@ -126,14 +134,17 @@ def make(
         new_rows: ids of added tokens.
         optimizer: the recipe's, when it names one; else the method's.
         untied: whether tied ends may be adapted because they will be (or have been) given separate weights.
+        quantize: the recipe's `model.quantize`, when it names one; else the method's.
 
     Raises:
         UserError: a pattern matches nothing, parts do not go together, or one end of a tie is adapted.
     """
-    method, adapter = presets.resolve(adapter, optimizer), presets.with_defaults(adapter)
+    method, adapter = presets.resolve(adapter, optimizer, quantize), presets.with_defaults(adapter)
     adaptable = _adaptable(model)
     names = _targets(adapter, adaptable, ends)
-    rules.check(method, rules.facts_of(method, adapter, {adaptable[name][0] for name in names}))
+    kinds = {adaptable[name][0] for name in names} | _packed(adaptable)
+    rules.check(method, rules.facts_of(method, adapter, kinds))
+    check_in_full(adapter, method.base is not None or "packed" in kinds)
     whole = [f"{name}.weight" for name in names if method.delta.name == WHOLE]
     if whole and EVERYTHING in adapter.train_also:
         _check_unchosen(adapter)
@@ -146,7 +157,33 @@ def make(
     _check_together(
         layers, [name for name in adaptable if name not in {*names, ends.embeddings, ends.head}], method
     )
-    return Plan(method, layers, adapter.lora_bias, also, tuple(new_rows), ends)
+    quantised = to_quantise(method, model, ends, also)
+    return Plan(method, layers, adapter.lora_bias, also, tuple(new_rows), ends, quantised)
+
+
+def check_in_full(adapter: AdapterRecipe, quantised: bool) -> None:
+    """Refuse to train everything in full where most of it is quantised.
+
+    Raises:
+        UserError: with what can be done instead.
+    """
+    if quantised and EVERYTHING in adapter.train_also:
+        what, fix = "quantised weights cannot be trained in full", "leave everything out, or model.quantize"
+        raise UserError(what, where="adapter.train_also", fix=fix)
+
+
+def to_quantise(method: Method, model: nn.Module, ends: Ends, also: Collection[str]) -> tuple[str, ...]:
+    """Every linear layer but the output head and those whose weight trains in full."""
+    if method.base is None:
+        return ()
+    names = [name for name, (kind, _) in _adaptable(model).items() if kind in QUANTISED]
+    return tuple(name for name in names if name != ends.head and f"{name}.weight" not in also)
+
+
+def _packed(adaptable: Mapping[str, tuple[str, Base]]) -> set[str]:
+    """How the model came: words for the facts about its bases."""
+    packed = any(isinstance(base.module, Quantised) for _, base in adaptable.values())
+    return {"quantized", "packed"} if packed else set()
 
 
 def _check_together(layers: tuple[LayerSpec, ...], others: list[str], method: Method) -> None:

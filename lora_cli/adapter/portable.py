@@ -42,6 +42,7 @@ def as_lora(adapter: Adapter) -> Portable | None:
     if any(taken is None for taken in adapter.absorbed.values()):
         return None
     layers: dict[str, dict[str, Tensor]] = {}
+    kept: dict[str, Tensor] = {}
     specs: list[LayerSpec] = []
     combined: set[str] = set()
     for spec in adapter.plan.layers:
@@ -50,6 +51,7 @@ def as_lora(adapter: Adapter) -> Portable | None:
         if found is None or layer.peft_name is None:
             return None
         combined.add(layer.peft_name)
+        kept |= peft_format.taken(spec.name, layer.base.taken)
         layers[spec.name], thin = found
         specs.append(thin)
     assert len(combined) <= 1, "all layers of an adapter are combined in one way"
@@ -60,8 +62,8 @@ def as_lora(adapter: Adapter) -> Portable | None:
         for key, tensor in each.items()
     }
     moved = {f"{name}.weight" for name in adapter.absorbed}
-    plan = replace(plan, also=tuple(name for name in plan.also if name not in moved))
-    tensors |= peft_format.beside(adapter, without=moved)
+    plan = replace(plan, also=tuple(name for name in plan.also if name not in moved), taken=bool(kept))
+    tensors |= peft_format.beside(adapter, without=moved) | kept
     return Portable(plan, {key: _own(tensor) for key, tensor in tensors.items()})
 
 
@@ -109,13 +111,16 @@ def _factors(
     layer: Adapted, spec: LayerSpec, absorbed: list[tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, Tensor], LayerSpec] | None:
     """The tensors of one layer of PEFT, and its rank and scale."""
-    delta = layer.delta
+    delta, taken = layer.delta, layer.base.taken
     own = {key: p.detach() for key, p in layer.named_parameters(recurse=False)}
-    if type(delta) is LowRank and delta.fixed_A is None and not absorbed:
-        return own | {key: p.detach() for key, p in delta.named_parameters()}, spec
+    if type(delta) is LowRank and delta.fixed_A is (taken and taken[1]) and not absorbed:
+        return own | {key: p.detach() for key, p in delta.trained().items()}, spec
     factors = delta.factors()
     if factors is None:
         return None
+    if taken is not None:  # the first of what is fixed; it is saved for itself
+        after = spec.r + taken[1].shape[0]
+        factors = _without(factors[0], spec.r, after, 1), _without(factors[1], spec.r, after, 0)
     B = torch.cat([factors[0], *(B for B, _ in absorbed)], 1)
     A = torch.cat([factors[1], *(A for _, A in absorbed)], 0)
     B, A = (B, A) if delta.in_order else _without_zeros(B, A)
@@ -123,6 +128,12 @@ def _factors(
     tensors = own | {"A": A, "B": B} | ({} if shift is None else {"bias": shift})
     r = A.shape[0]
     return tensors, replace(spec, r=r, alpha=float(r), scale=1.0)
+
+
+def _without(factor: Tensor, first: int, after: int, side: int) -> Tensor:
+    """A factor without some of its components."""
+    count = factor.shape[side]
+    return torch.cat([factor.narrow(side, 0, first), factor.narrow(side, after, count - after)], side)
 
 
 def _without_zeros(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +149,9 @@ def _as_lora(plan: Plan, specs: tuple[LayerSpec, ...], combine: str) -> Plan:
     kept = plan.method
     scale = kept.scale if kept.scale.name == "rslora" and specs == plan.layers else Part(name="alpha_over_r")
     way = Part(name=combine)
-    method = Method(name=kept.name, combine=way, scale=scale, rank=kept.rank, dropout=kept.dropout)
+    method = Method(
+        name=kept.name, base=kept.base, combine=way, scale=scale, rank=kept.rank, dropout=kept.dropout
+    )
     return replace(plan, method=method, layers=specs)
 
 

@@ -2,7 +2,8 @@
 
 Both map a fact to a reason, or are functions of the part's settings that do. A fact is a chosen part, `init.zero_a`;
 `dropout`; a key of `adapter` that the recipe sets, `lora_bias`, or of `train` that it changes, `train.betas`; a kind
-of base, `base.embedding`; how the base is kept, `base.quantized`; or that one weight stands for ΔW, MERGEABLE.
+of base, `base.embedding`; how it is kept, `base.quantized`, and `base.packed` where it is on disk so; or that one
+weight stands for ΔW, MERGEABLE.
 """
 
 from collections import Counter
@@ -32,6 +33,8 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
         facts.add("dropout")
     if is_mergeable(method):
         facts.add(MERGEABLE)
+    if method.base is not None:
+        facts.add("base.quantized")
     if adapter is not None:
         facts |= {key for key in adapter.model_fields_set if getattr(adapter, key)} - set(parts.AXES)
     return facts | {f"base.{kind}" for kind in bases}
@@ -76,4 +79,6 @@ def stated(kind: Literal["needs", "forbids"], axis: str, part: Part) -> Mapping[
 
 
 def _where(axis: str, name: str) -> str:
+    if axis == "base":
+        return f"model.quantize: {name}"
     return f"{'train' if axis == 'optimizer' else 'adapter'}.{axis}: {name}"

@@ -31,6 +31,8 @@ class Ours(Section):
     """Whether it is for a model whose experts were taken apart."""
     layers: tuple[str, ...] = ()
     """The adapted layers, where the names of the tensors do not tell."""
+    codes: str | None = None
+    """A hash of the quantised base that it was trained on."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Start: what an init may look at when it fills the first ΔW of a layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,3 +22,17 @@ class Start:
     """Of the CPU, so that every device starts from the same numbers."""
     statistic: Tensor | None = None
     """What the init's file says in `measures` that it needs of this layer, measured on training rows."""
+    quantised: Callable[[tuple[Tensor, Tensor] | None], Tensor] | None = None
+    """dq(q(W0 + B·A)) of given (B, A), float32 [out, in]: what is left of W0 if `delta.fix(B, A)` takes that off it.
+
+    None where W0 is not to be quantised.
+    """
+
+
+def thin(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(B, A) with scale·B·A the best rank-r approximation of W [out, in], √Σ on either side; zeros if r is larger."""
+    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    B, A = W.new_zeros(W.shape[0], r), W.new_zeros(r, W.shape[1])
+    B[:, : len(root)], A[: len(root)] = U[:, :r] * root, root[:, None] * Vt[:r]
+    return B, A

@@ -211,7 +211,8 @@ _PER_DEVICE = (
     "in lora this is 'train.micro_batch_size' (examples in memory); 'train.batch_size' is the number of examples "
     "per optimizer step, over all devices and accumulation"
 )
-_QUANTIZED = "a base in 4 or 8 bits is not supported yet; leave it out, 'model.dtype' sets 16 or 32 bits"
+_QUANTIZED = "'model.quantize: nf4' keeps the base in 4 bits, 'int8' in 8; leave it out"
+_IN_NF4 = "leave it out: 'model.quantize: nf4' is QLoRA's, with double quantisation, computed in the type of the rest"
 _PRECISION = "in lora this is 'train.precision', with the value float32, bfloat16 or float16"
 _BOTH = "set 'train.epochs' or 'train.max_steps'"
 _EVERY = "set 'train.eval_steps' or 'train.save_steps'; without them it is done at each epoch's end"
@@ -231,15 +232,14 @@ EXPLAINED = {
     "grad_accumulation_steps": _ACCUMULATION,
     "per_device_train_batch_size": _PER_DEVICE,
     "per_device_batch_size": _PER_DEVICE,
-    "bnb_4bit_compute_dtype": _QUANTIZED,
-    "bnb_4bit_quant_type": _QUANTIZED,
-    "bnb_4bit_use_double_quant": _QUANTIZED,
+    "bnb_4bit_compute_dtype": _IN_NF4,
+    "bnb_4bit_quant_type": _IN_NF4,
+    "bnb_4bit_use_double_quant": _IN_NF4,
     "load_in_4bit": _QUANTIZED,
     "load_in_8bit": _QUANTIZED,
     "quantization": _QUANTIZED,
     "quantization_bit": _QUANTIZED,
     "quantization_config": _QUANTIZED,
-    "quantize": _QUANTIZED,
     "bf16": _PRECISION,
     "fp16": _PRECISION,
     "fp32": _PRECISION,
@@ -347,6 +347,6 @@ EXPLAINED = {
     "galore_rank": "with 'adapter.method: galore' this is 'adapter.r'",
     "relora_steps": "in lora this is 'adapter.method: relora' with 'adapter.lifecycle: {restart: {every: ...}}'",
     "relora": "in lora this is 'adapter.method: relora'",
-    "use_loftq": "a base in 4 or 8 bits is not supported yet; leave it out",
+    "use_loftq": "set 'adapter.method: loftq' instead",
     "label_smoothing_factor": "not supported; leave it out",
 }

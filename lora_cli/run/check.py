@@ -55,10 +55,10 @@ def check(loaded: Loaded, screen: Screen, rows: int) -> dict[str, Any]:
 def _with_preset(loaded: Loaded) -> list[tuple[str, str, str]]:
     """The resolved recipe; axes that it leaves to the method show the method's part."""
     recipe = loaded.recipe
-    method = presets.resolve(recipe.adapter, recipe.train.optimizer)
+    method = presets.resolve(recipe.adapter, recipe.train.optimizer, recipe.model.quantize)
+    keys = {"optimizer": "train.optimizer", "base": "model.quantize"}
     left = {
-        f"{'train' if axis == 'optimizer' else 'adapter'}.{axis}": ", ".join(part.name for part in found)
-        or "none"
+        keys.get(axis, f"adapter.{axis}"): ", ".join(part.name for part in found) or "none"
         for axis, found in method.chosen().items()
     }
     return [
@@ -97,6 +97,8 @@ def show_plan(plan: Plan, language: LanguageModel, screen: Screen) -> None:
     in_full = Counter(".".join(name.split(".")[-2:]) for name in plan.also)
     if in_full:
         screen.table(["trained in full", "tensors"], list(in_full.items()))
+    if plan.method.base is not None:
+        screen.note(f"{len(plan.quantised)} linear layers are kept in {plan.method.base.name}")
     total = sum(p.numel() for p in language.model.parameters())
     trained = trained_parameters(plan, language)
     screen.note(f"{size(trained)} of {size(total)} parameters train: {trained / total:.2%}")

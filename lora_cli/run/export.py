@@ -85,6 +85,10 @@ def _as_lora(adapter: Adapter) -> Portable:
         UserError: a layer's ΔW is not a product of two thin matrices, or there is none.
     """
     exact = as_lora(adapter)
+    if exact is not None and exact.plan.taken:
+        name = next(name for name, layer in adapter.layers.items() if layer.base.taken is not None)
+        what = "its base was quantised without what A and B started with, and PEFT would quantise all of it"
+        raise UserError(what, where=name, fix="merge it instead: lora merge", code=ExitCode.MODEL)
     if exact is None or not exact.plan.layers:
         what = f"{adapter.plan.method.name} is no low-rank matrix added to the weight, and PEFT's LoRA is nothing else"
         where = next((name for name, delta in adapter.deltas.items() if delta.factors() is None), "adapter")

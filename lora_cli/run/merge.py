@@ -25,7 +25,9 @@ from lora_cli.data.tokens import encode
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES
 from lora_cli.recipe.schema import ModelRecipe, Recipe
+from lora_cli.run import onto as ontos
 from lora_cli.run import probe, rewrite
+from lora_cli.run.onto import Onto
 from lora_cli.run.open import adapter_in, base_of, refuse_inside, refuse_routed, trained_with
 from lora_cli.run.rewrite import Rewriting, digest
 from lora_cli.run.weights import Weights, open_weights
@@ -40,7 +42,12 @@ WORST = 5
 
 
 def merge(
-    path: Path, output: Path, dtype: str | None, screen: Screen, base: str | None = None
+    path: Path,
+    output: Path,
+    dtype: str | None,
+    screen: Screen,
+    base: str | None = None,
+    onto: Onto = "trained",
 ) -> dict[str, Any]:
     """Merge the adapter in `path` into its base and write the model to `output`; return what it cost.
 
@@ -50,6 +57,7 @@ def merge(
         dtype: type of the merged weights; default: each keeps that of the base's files.
         screen: where the losses are shown.
         base: use this model instead of the one the adapter names.
+        onto: which weights, where the adapter was trained on quantised ones.
 
     Raises:
         UserError: there is nothing to merge, it cannot be merged, or the result does not compute what it should;
@@ -61,17 +69,19 @@ def merge(
     recipe = _source(saved, trained, base)
     _refuse_split(recipe, folder)
     refuse_inside(output, folder, Path(recipe.name))
+    models.refuse_packed(recipe)
     io_ops.remove_abandoned(output)
     with io_ops.new_folder(output) as made:
         weights = open_weights(recipe)
         plan = files.plan_of(saved, weights.language.model, weights.language.ends, weights)
+        weights, plan = ontos.merged_onto(weights, plan, saved, onto)
         work = rewrite.prepare(weights, saved, plan, None if dtype is None else DTYPES[dtype])
         _use_template(weights, trained, screen)
         written = rewrite.write(work, made)
         _check_layers(work)
         _save_the_rest(work, made, _type_of(written))
         _read_back(work, written, made)
-    report = {"output": str(output), **_report(work, _type_of(written))}
+    report = {"output": str(output), **_report(work, _type_of(written)), **ontos.report(weights, onto)}
     _show(report, screen)
     return report
 
@@ -206,6 +216,7 @@ def _report(work: Rewriting, dtype: str) -> dict[str, Any]:
 
 def _show(report: dict[str, Any], screen: Screen) -> None:
     losses, share = report["layer_losses"], report["median_layer_loss"]
+    ontos.show(report, screen)
     if max(losses.values()) > 0:
         worst = sorted(losses.items(), key=lambda item: -item[1])[:WORST]
         screen.table(["layer", f"error of rounding to {report['dtype']}, as a share of ΔW"], worst)

@@ -70,7 +70,8 @@ def _settings(axis: str, name: str, screen: Screen) -> None:
 
 def _written(axis: str, name: str) -> str:
     if axis == "base":
-        return "chosen by the layer"
+        asked = parts.defines(axis, name, "quantise")
+        return f"model: {{quantize: {name}}}" if asked else "chosen by the layer"
     return f"{'train' if axis == 'optimizer' else 'adapter'}: {{{axis}: {name}}}"
 
 

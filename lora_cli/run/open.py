@@ -3,22 +3,26 @@
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lora_cli import model as models
-from lora_cli.adapter import files, rules
+from lora_cli.adapter import files, peft_format, rules
 from lora_cli.adapter.files import Saved
 from lora_cli.adapter.inject import Adapter, depends_on_input, inject
+from lora_cli.adapter.plan import Plan, to_quantise
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import LanguageModel
+from lora_cli.parts import Part
+from lora_cli.presets import Method
 from lora_cli.recipe.load import load
 from lora_cli.recipe.schema import ModelRecipe, Recipe
 
 RECIPE, TEMPLATE = "recipe.yaml", "chat_template.jinja"
 """In an adapter folder: what it was trained with, and the chat template where the recipe names a file."""
+ORIGINAL = "merge it onto the original weights (lora merge --onto original)"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ def open_model(
     base: str | None = None,
     dtype: str | None = None,
     device: torch.device | None = None,
+    quantize: str | None = None,
+    original: bool = False,
 ) -> Opened:
     """Load the base once and put every adapter of `paths` on it.
 
@@ -53,6 +59,8 @@ def open_model(
         base: use this model instead of the one the adapter names.
         dtype: how the base is kept, as in a recipe; default: as it was trained, or `auto`.
         device: where; default: the CPU.
+        quantize: what the linear layers of a plain model are kept in; an adapter says itself what its base is.
+        original: put the adapters on the base as it is on disk, even where they were trained on a quantised one.
 
     Raises:
         UserError: a path is none of these, or the adapters have different bases.
@@ -61,14 +69,16 @@ def open_model(
     adapters = [folder for folder in folders if folder is not None]
     if len(adapters) < len(paths):
         _only_one(paths)
-        recipe = ModelRecipe.model_validate({"name": base or str(paths[0]), "dtype": dtype or "auto"})
-        return Opened(models.load(recipe, device), {}, {}, None)
+        named = {"name": base or str(paths[0]), "dtype": dtype or "auto", "quantize": quantize}
+        return Opened(_plain(ModelRecipe.model_validate(named), device), {}, {}, None)
     saved = {name: files.read(folder) for name, folder in _named(adapters).items()}
     trained = trained_with(adapters[0])
-    language = models.load(_attending(base_of(saved, trained, base, dtype), device), device)
+    _check_together(saved)
+    wanted = base_of(saved, trained, base, dtype, original)
+    language = models.load(_attending(wanted, device), device)
     opened = Opened(language, {}, saved, trained)
     for name, each in saved.items():
-        opened.adapters[name] = _put_on(language, each)
+        opened.adapters[name] = _put_on(language, each, device, original)
         opened.use(None)  # the next one has to find the base's own parameters
     opened.use(next(iter(saved)))
     return opened
@@ -127,12 +137,47 @@ def refuse_inside(output: Path, *sources: Path) -> None:
             raise UserError(what, where=str(output), fix=fix, code=ExitCode.DISK)
 
 
-def _put_on(language: LanguageModel, saved: Saved) -> Adapter:
-    """Inject a saved adapter into a model that is in memory."""
+def _plain(recipe: ModelRecipe, device: torch.device | None) -> LanguageModel:
+    """A model without an adapter, quantised where that is asked for."""
+    language = models.load(recipe, device)
+    if recipe.quantize is not None:
+        method = Method(name="lora", base=Part(name=recipe.quantize))
+        quantised = to_quantise(method, language.model, language.ends, ())
+        inject(language.model, Plan(method, (), ends=language.ends, quantised=quantised))
+        language.model.to(device)  # pyright: ignore[reportArgumentType]
+    return language
+
+
+def _put_on(language: LanguageModel, saved: Saved, device: torch.device | None, original: bool) -> Adapter:
+    """Inject a saved adapter into a model that is in memory, and make the base what it was trained on.
+
+    Raises:
+        UserError: the adapter does not fit, or the base is quantised to other codes than then.
+    """
     plan = files.plan_of(saved, language.model, language.ends)
-    adapter = inject(language.model, plan)
+    if original:
+        plan = replace(plan, method=replace(plan.method, base=None), quantised=())
+    adapter = inject(language.model, plan, taken=files.taken_of(saved, language.model))
+    if not original and adapter.codes != saved.ours.codes:
+        what = "does not fit this model: its base is quantised to other codes than when it was trained"
+        fix = f"{ORIGINAL}, or use the bitsandbytes that it was trained with"
+        raise UserError(what, where=str(saved.folder), fix=fix, code=ExitCode.MODEL)
+    language.model.to(device or torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     files.fill(adapter, saved)
     return adapter
+
+
+def _check_together(saved: dict[str, Saved]) -> None:
+    """Refuse adapters that cannot be on one base in memory.
+
+    Raises:
+        UserError: their bases are quantised differently, or one of them had a part of it taken off before.
+    """
+    kept = {str(each.ours.parts.get("base")) for each in saved.values()}
+    taken = any(peft_format.taken_of(each.tensors) for each in saved.values())
+    if len(saved) > 1 and (taken or len(kept) > 1):
+        what = "the adapters are for bases that are quantised in different ways"
+        raise UserError(what, fix="open them one at a time")
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -156,7 +201,11 @@ def trained_with(folder: Path, overrides: Sequence[str] = ()) -> Recipe | None:
 
 
 def base_of(
-    saved: dict[str, Saved], trained: Recipe | None, base: str | None, dtype: str | None
+    saved: dict[str, Saved],
+    trained: Recipe | None,
+    base: str | None,
+    dtype: str | None,
+    original: bool = False,
 ) -> ModelRecipe:
     """The model that adapters are on.
 
@@ -179,7 +228,9 @@ def base_of(
         raise UserError("the adapters add different tokens to the model", fix="open them one at a time")
     (tokens,) = added
     apart = any(each.splits_experts for each in saved.values())
-    kept = {"dtype": dtype or known.dtype, "add_tokens": tokens, "split_experts": apart}
+    quantised = first.ours.parts.get("base")
+    quantize = quantised[0].name if quantised and not original else None
+    kept = {"dtype": dtype or known.dtype, "add_tokens": tokens, "quantize": quantize, "split_experts": apart}
     return known.model_copy(update={"name": name, "revision": revision, **kept})
 
 

@@ -20,7 +20,7 @@ from lora_cli.data.load import Datasets
 from lora_cli.data.pack import check_isolation, epoch_order
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES, LanguageModel
-from lora_cli.recipe.schema import Recipe, TrainRecipe
+from lora_cli.recipe.schema import ModelRecipe, Recipe, TrainRecipe
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
 from lora_cli.train.measure import measure
@@ -40,14 +40,26 @@ def check_method(recipe: Recipe) -> None:
     if recipe.model.revision is not None and Path(recipe.model.name).is_dir():
         what, fix = "a folder has no revisions", "leave it out, or name an id on the Hub"
         raise UserError(what, where="model.revision", fix=fix)
-    method = presets.resolve(recipe.adapter, recipe.train.optimizer)
-    facts = rules.facts_of(method, presets.with_defaults(recipe.adapter))
-    rules.check(method, facts | _changed(recipe.train))
+    method = presets.resolve(recipe.adapter, recipe.train.optimizer, recipe.model.quantize)
+    adapter = presets.with_defaults(recipe.adapter)
+    rules.check(method, rules.facts_of(method, adapter) | _changed(recipe.train))
     if method.attention.name != "full" and recipe.model.attention in ("eager", "flash_attention_2"):
         what = (
             f"adapter.attention: {method.attention.name} stands in for sdpa, not for {recipe.model.attention}"
         )
         raise UserError(what, where="model.attention", fix="leave it out, or set sdpa")
+    if method.base is not None:
+        parts.load("base", method.base.name).require()
+        plans.check_in_full(adapter, quantised=True)
+    if method.base is not None and recipe.train.parallel == "fsdp":
+        what, fix = "a quantised base is not shared out: each process has all of it", "leave it out"
+        raise UserError(what, where="train.parallel: fsdp", fix=fix)
+
+
+def model_of(recipe: Recipe) -> ModelRecipe:
+    """The section on the model, with what the method quantises it to where the recipe does not say."""
+    base = presets.resolve(recipe.adapter, quantize=recipe.model.quantize).base
+    return recipe.model.model_copy(update={"quantize": base and base.name})
 
 
 def _changed(train: TrainRecipe) -> set[str]:
@@ -64,6 +76,7 @@ def plan_for(recipe: Recipe, language: LanguageModel) -> Plan:
         language.new_rows,
         untied=recipe.model.untie,
         optimizer=recipe.train.optimizer,
+        quantize=recipe.model.quantize,
     )
 
 
@@ -82,7 +95,7 @@ def load_model(recipe: Recipe, accelerator: Accelerator) -> LanguageModel:
         UserError: every block would be kept whole after all, in the type that it computes in.
     """
     if not shares_out(recipe, accelerator):
-        return models.load(recipe.model, accelerator.device)
+        return models.load(model_of(recipe), accelerator.device)
     stored, computed = models.stored_dtype(recipe.model, accelerator.device), recipe.train.precision
     if computed not in ("auto", "float32") and stored is not DTYPES[computed]:
         what = f"a base that is computed in {computed} but stored in {str(stored).removeprefix('torch.')} is cast "
@@ -133,6 +146,8 @@ def training(
     if shared:
         files.note_signs(language.model, plan)
     adapter = inject(language.model, plan, recipe.train.seed, statistics)
+    if plan.quantised:
+        language.model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     shares = share_out(language.model, adapter, accelerator) if shared else None
     with models.computing(language.model):
         packing = _packs(recipe, language.model)

@@ -176,7 +176,8 @@ def _as_stored(work: Rewriting, group: Group, values: dict[str, Tensor]) -> dict
 def _value(work: Rewriting, name: str) -> Tensor:
     """A parameter of the merged model; the piece that it is of is merged when the first of them is asked for."""
     if name not in work.pieces:
-        return inject.rounded(work.weights[name], _dtype(work, name), name)
+        W0 = work.weights.onto(name) if name in work.weights.quantised else work.weights[name]
+        return inject.rounded(W0, _dtype(work, name), name)
     if name not in work.ready:
         _merge(work, work.pieces[name])
     return work.ready.pop(name)

@@ -114,6 +114,12 @@ class Story:
             f"{self.recipe.model.name}: {size(total)} parameters, {size(trained)} trained "
             f"({trained / total:.2%}) in {len(run.adapter.plan.layers)} layers"
         )
+        base = run.adapter.plan.method.base
+        if base is not None:
+            count = len(run.adapter.plan.quantised)
+            self.screen.note(
+                f"{count} layers in {base.name}; the model takes {size(models.bytes_of(run.model))}B"
+            )
         rows = "packed" if run.packing else "padded"
         together = f", {run.processes.size} processes" if run.processes.size > 1 else ""
         self.screen.note(

@@ -1,13 +1,17 @@
 """W0: what a layer is merged onto. The one place that says so."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lora_cli import model as models
+from lora_cli.adapter import inject
+from lora_cli.adapter.plan import view_of
+from lora_cli.adapter.quantised import View
 from lora_cli.model import LanguageModel
+from lora_cli.parts import Part
 from lora_cli.recipe.schema import ModelRecipe
 from lora_cli.stored import Stored, open_stored
 
@@ -23,10 +27,26 @@ class Weights(Mapping[str, Tensor]):
     """Of the embeddings in the files."""
     held_as: dict[str, str]
     """An end of the model that is not in the files -> the end that was tied to it, which is."""
+    base: Part | None = None
+    """What W0 was quantised to when ΔW was trained, and is here."""
+    quantised: frozenset[str] = frozenset()
+    """The parameters that were."""
+    taken: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+    """Layer -> (B, A) of what was added to them before."""
+    errors: dict[str, float] = field(default_factory=dict[str, float])
+    """Layer -> ‖W0' − W0‖ / ‖W0‖: what quantising took, of those that were asked for."""
 
     def onto(self, name: str) -> Tensor:
-        """What ΔW is added to, float32: the base as it is stored, exactly."""
-        return self[name].float()
+        """What ΔW is added to, float32: the base as it is stored, exactly, or as it was trained with."""
+        W, layer = self[name].float(), name.rpartition(".")[0]
+        if name not in self.quantised or self.base is None:
+            return W
+        view = view_of(self.language.model.get_submodule(layer))
+        assert view is not None, "only layers that can be adapted are quantised"
+        base = view[1]
+        made = inject.quantised(base, base.oriented(W), self.base, self.taken.get(layer))
+        self.errors[layer] = made.error
+        return base.oriented(View(made).weight()).contiguous()
 
     def __getitem__(self, name: str) -> Tensor:
         """As it is stored, with rows for new tokens as they were when training began."""
@@ -40,7 +60,8 @@ class Weights(Mapping[str, Tensor]):
 
     def as_stored(self, name: str) -> bool:
         """Whether the files hold it just so."""
-        return name in self.stored.of and not (self.language.new_rows and self._grows(name))
+        changed = name in self.quantised or (self.language.new_rows and self._grows(name))
+        return name in self.stored.of and not changed
 
     def dtype(self, name: str) -> torch.dtype:
         """The type that it is stored in."""

@@ -48,6 +48,7 @@ def save(folder: Path, run: Training, progress: dict[str, Any]) -> Path:
         "max_tokens": run.max_tokens,
         "max_rows": run.max_rows,
         "connected": run.connected.tolist(),
+        "codes": run.adapter.codes,
         "progress": progress,
     }
     with io_ops.new_folder(target) as made:
@@ -68,6 +69,11 @@ def restore(folder: Path, run: Training) -> dict[str, Any]:
     problem = damage(folder)
     if problem:
         raise UserError(problem, where=str(folder), code=ExitCode.NO_CHECKPOINT)
+    state = json.loads((folder / STATE).read_text())
+    if state.get("codes") != run.adapter.codes:
+        what = "was made on a base that is quantised to other codes than here"
+        fix = "go on where it was begun, or start anew with --output"
+        raise UserError(what, where=str(folder), fix=fix, code=ExitCode.NO_CHECKPOINT)
     _restore_lifecycle(run, load_file(folder / LIFECYCLE))  # first: it may have frozen tensors, or tied them
     tensors, named = load_file(folder / ADAPTER), run.adapter.named_tensors()
     if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in named.items()}:
@@ -78,7 +84,6 @@ def restore(folder: Path, run: Training) -> dict[str, Any]:
             parameter.copy_(tensors[name])
     optim.restore_state(run.optimizer, run.adapter.trainable(), load_file(folder / OPTIMIZER))
     _restore_absorbed(run, load_file(folder / LIFECYCLE))
-    state = json.loads((folder / STATE).read_text())
     run.step, run.skipped = state["step"], state["skipped"]
     run.max_tokens, run.max_rows = state["max_tokens"], state["max_rows"]
     run.connected = torch.tensor(state["connected"])

@@ -62,7 +62,7 @@ class _Inputs:
     def __init__(self, model: nn.Module, bases: Mapping[str, Base]) -> None:
         self.layers = {name: model.get_submodule(name) for name in bases}
         self.totals = {
-            name: torch.zeros(base.in_features, base.in_features, device=base.module.weight.device)
+            name: torch.zeros(base.in_features, base.in_features, device=base.device)
             for name, base in bases.items()
         }
 
@@ -94,7 +94,7 @@ class _Gradients:
     def __init__(self, bases: Mapping[str, Base]) -> None:
         self.bases = bases
         self.totals = {
-            name: torch.zeros(base.out_features, base.in_features, device=base.module.weight.device)
+            name: torch.zeros(base.out_features, base.in_features, device=base.device)
             for name, base in bases.items()
         }
 

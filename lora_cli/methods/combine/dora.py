@@ -51,9 +51,9 @@ class DoRA(Adapted):
         factors = self.delta.factors()
         if factors is None:
             return _lengths(self.base.weight() + self.delta.weight())
-        (B, A), W0 = factors, self.base.oriented(self.base_layer.weight)
+        B, A = factors
         with torch.autocast(A.device.type, enabled=False):
-            kept = F.linear(A.to(W0.dtype), W0).float()  # in the type that W0 is kept in
+            kept = self.base.through(A)
             squares = self.squares + (2 * kept.t() * B).sum(1) + (F.linear(B, A @ A.t()) * B).sum(1)
         return squares.clamp(min=SMALLEST).sqrt()
 

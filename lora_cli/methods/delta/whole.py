@@ -14,6 +14,7 @@ needs = {
     "trainable.all": "it is one tensor",
 }
 forbids = {
+    "base.quantized": "every step would be rounded away; train an adapter on it, as qlora does",
     "dropout": "there is no ΔW from whose input something could be dropped",
     "lora_bias": "there is no B: name the biases in adapter.train_also",
     "rank_pattern": "it has no rank",

@@ -10,6 +10,7 @@ from torch import nn
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
+forbids = {"base.packed": "of weights in few bits there is no gradient"}
 measures = "gradients"
 
 

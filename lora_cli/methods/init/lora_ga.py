@@ -13,6 +13,7 @@ from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 from lora_cli.recipe.schema import Section
 
+forbids = {"base.packed": "of weights in few bits there is no gradient"}
 measures = "gradients"
 
 

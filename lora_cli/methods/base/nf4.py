@@ -1,0 +1,102 @@
+"""nf4: 4 bits a weight, in levels that are equally often used by normal weights. QLoRA, arXiv:2305.14314
+
+Every 64 weights share a largest value, which is kept in 8 bits: 4.127 bits a weight in all. Through bitsandbytes, to
+the codes that it makes itself. Chosen by `model.quantize: nf4`; every linear layer but the output head is quantised,
+after the start of A and B.
+"""
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_cli.adapter import quantised
+from lora_cli.adapter.base import Base
+from lora_cli.errors import ExitCode, UserError
+
+BLOCK, OUTER = 64, 256
+"""Weights that share a largest value; largest values that share one."""
+
+
+class Layer(quantised.Quantised):
+    """Codes, two to a byte; per block a largest value in 8 bits, and of these again one in 32."""
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_levels: Tensor | None
+    offset: Tensor | None
+    block, levels = BLOCK, "nf4"
+
+    def keep(self, codes: Tensor, absmax: Tensor, nested: Any = None, offset: Tensor | None = None) -> None:
+        """Hold the codes of whole blocks, and how their largest values are quantised in turn, if they are."""
+        whole = absmax.numel() * self.block // 2
+        self.register_buffer("codes", functional.pad(codes.detach().flatten(), (0, whole - codes.numel())))
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested and nested.absmax)
+        self.register_buffer("nested_levels", nested and nested.code)
+        self.register_buffer("offset", offset)
+
+    def adopt(self, layer: nn.Module) -> None:
+        """Take over the codes of a Linear4bit, which may be in the levels of fp4, and its bias."""
+        codes: Any = layer.weight
+        state = codes.quant_state
+        self.block, self.levels, self.bias = state.blocksize, state.quant_type, layer.bias  # pyright: ignore[reportAttributeAccessIssue]
+        self.keep(codes.data, state.absmax, state.state2, state.offset)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Level times largest value, rounded to `dtype` once.
+
+        As a matrix of one block a row: on a CPU bitsandbytes 0.50 takes the wrong largest values where a row of W does
+        not end with a block.
+        """
+        bnb = _bitsandbytes()
+        state: Any = bnb.QuantState
+        shape = torch.Size((self.absmax.numel(), self.block))
+        kept = {"shape": shape, "blocksize": self.block, "quant_type": self.levels, "dtype": dtype}
+        if self.nested_absmax is not None:
+            nested = state(self.nested_absmax, code=self.nested_levels, blocksize=OUTER, dtype=torch.float32)
+            kept |= {"offset": self.offset, "state2": nested}
+        found: Tensor = bnb.dequantize_4bit(self.codes[:, None], state(self.absmax, **kept))
+        return found.flatten()[: self.out_features * self.in_features].view(self.out_features, -1)
+
+
+wraps, View = Layer, quantised.View
+
+
+def quantise(plain: Base, W: Tensor) -> Layer:
+    """W [out, in], float32 on the CPU, in the place of a plain layer.
+
+    The mean of the largest values is taken in float64: as bitsandbytes takes it, it depends on the number of threads
+    in its last bit, and everything else on it.
+    """
+    bnb, made = _bitsandbytes(), Layer(plain)
+    codes, state = bnb.quantize_4bit(W.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    offset = state.absmax.double().mean().float()
+    absmax, nested = bnb.quantize_blockwise(state.absmax - offset, blocksize=OUTER)
+    made.keep(codes, absmax, nested, offset)
+    return made
+
+
+@cache
+def _bitsandbytes() -> Any:
+    """Imported with the first weight that is quantised, and without what it has to say of kernels it does not find."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes.functional as found
+
+    return found
+
+
+def require() -> None:
+    """Say what is missing, before anything is loaded.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        what, fix = "nf4 needs bitsandbytes, which is not installed", "pip install 'lora-cli[quant]'"
+        raise UserError(what, where="model.quantize", fix=fix, code=ExitCode.MODEL)

@@ -1,0 +1,43 @@
+"""lqer: s·B·A starts as the best thin approximation, as inputs see it, of what quantising takes. arXiv:2402.02446
+
+E = W0 − q(W0) is scaled by the size of each input on training rows (L²QER), so that what the inputs use is made up
+for first. The base is q(W0), the same that any other adapter has.
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from lora_cli.adapter.delta import LowRank
+from lora_cli.adapter.start import Start, thin
+from lora_cli.recipe.schema import Section
+
+needs = {"base.quantized": "it starts as what quantising takes"}
+forbids = {
+    "base.packed": "what quantising took is not known any more",
+    "base.embedding": "its inputs are token ids, which have no size",
+}
+measures = "inputs"
+approximates = True
+
+
+class Settings(Section):
+    """Settings in a recipe: `{lqer: {rows: 32}}`."""
+
+    rows: Annotated[int, Field(ge=1)] = Field(default=32, description="Training rows that are looked at.")
+
+
+def init(delta: LowRank, start: Start, rows: int) -> None:
+    """s·B·A·S = SVD_r(E·S), S = √E[x²] on the diagonal; a layer that is not quantised starts as LoRA does."""
+    nn.init.kaiming_uniform_(delta.A, a=5**0.5, generator=start.generator)
+    nn.init.zeros_(delta.B)
+    if start.quantised is None:
+        return
+    assert start.statistic is not None
+    size = start.statistic.diagonal().float().clamp(min=0).sqrt()
+    size = size.clamp(min=1e-4 * size.max() + torch.finfo(torch.float32).tiny)  # inputs that were never seen
+    B, A = thin((start.base.weight() - start.quantised(None)) * size, delta.A.shape[0], delta.scale)
+    delta.B.copy_(B)
+    delta.A.copy_(A / size)

@@ -1,0 +1,651 @@
+"""A base in few bits: the codes are bitsandbytes', gradients are exact, and every command makes the same base again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lora_cli import model as models
+from lora_cli import parts
+from lora_cli.adapter import inject
+from lora_cli.adapter import plan as plans
+from lora_cli.adapter.delta import LowRank, Place
+from lora_cli.adapter.plan import view_of
+from lora_cli.adapter.quantised import Quantised, View, digest, remainder
+from lora_cli.errors import ExitCode, UserError
+from lora_cli.parts import Part
+from lora_cli.presets import Method
+from lora_cli.recipe.load import Loaded
+from lora_cli.recipe.schema import AdapterRecipe, Recipe
+from lora_cli.run import probe
+from lora_cli.run.check import check
+from lora_cli.run.evaluate import evaluate
+from lora_cli.run.export import export
+from lora_cli.run.merge import merge
+from lora_cli.run.open import open_model
+from lora_cli.run.train import train
+from lora_cli.screen import Screen
+from tests import tiny
+from tests.adapters import ids
+from tests.test_train_run import stopped_after
+from tests.training import kept_in_the_shape_of_w
+
+FORMATS = ("nf4", "int8")
+SCREEN = Screen()
+TAKING = ("pissa", "lq", "symmetric", "loftq")
+"""Starts that take something off W0 before it is quantised."""
+
+
+def plain_layer(out: int = 96, inputs: int = 128, bias: bool = True) -> nn.Linear:
+    return nn.Linear(inputs, out, bias=bias).requires_grad_(False)
+
+
+def quantised(format: str, layer: nn.Linear) -> Quantised:
+    view = view_of(layer)[1]
+    return parts.load("base", format).quantise(view, view.weight())
+
+
+# ---- the formats ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (50, 34), (7, 1000), (48, 32), (64, 96), (5, 7)])
+def test_nf4_has_the_codes_and_largest_values_of_bitsandbytes(shape):
+    from bitsandbytes import functional
+
+    layer = plain_layer(*shape)
+    ours = quantised("nf4", layer)
+    codes, state = functional.quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(ours.codes[: codes.numel()], codes.flatten())
+    torch.testing.assert_close(ours.offset, state.offset, rtol=2**-21, atol=0)  # theirs is a float32 sum
+    assert torch.equal(ours.absmax, state.absmax)
+    torch.testing.assert_close(ours.nested_absmax, state.state2.absmax, rtol=0, atol=1e-7)
+    levels = functional.get_4bit_type("nf4", device="cpu")
+    largest = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    # by hand: what bitsandbytes 0.50 makes of them on a CPU is wrong where a row does not end with a block
+    indices = (
+        torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).flatten()[: layer.weight.numel()].long()
+    )
+    expected = levels[indices] * largest.repeat_interleave(64)[: len(indices)]
+    torch.testing.assert_close(ours.dequantised(torch.float32), expected.view(shape), rtol=1e-6, atol=1e-8)
+    assert (expected.view(shape) - layer.weight).norm() < 0.13 * layer.weight.norm()
+
+
+def test_int8_has_the_codes_and_largest_values_of_bitsandbytes():
+    from bitsandbytes import functional
+
+    layer = plain_layer()
+    ours = quantised("int8", layer)
+    codes, absmax, _ = functional.int8_vectorwise_quant(layer.weight.detach())
+    assert torch.equal(ours.codes, codes)
+    assert torch.equal(ours.absmax, absmax)
+
+
+def test_nf4_is_off_by_half_the_largest_step_between_its_levels_at_most():
+    layer = plain_layer()
+    W, dq = layer.weight, quantised("nf4", layer).dequantised(torch.float32)
+    largest = W.view(-1, 64).abs().amax(1, keepdim=True)
+    # the largest values are themselves rounded: to 8 bits of what is left after their mean
+    slack = 0.02 * (largest - largest.mean()).abs().max()
+    step = (1.0 - 0.6961928009986877) / 2
+    assert ((dq - W).view(-1, 64).abs() <= step * largest + slack).all()
+    assert 0.05 < (dq - W).norm() / W.norm() < 0.12
+
+
+def test_int8_is_off_by_half_a_step_of_its_row_at_most():
+    layer = plain_layer()
+    layer.weight[3] = 0.0
+    W, dq = layer.weight, quantised("int8", layer).dequantised(torch.float32)
+    assert ((dq - W).abs() <= W.abs().amax(1, keepdim=True) * (1 / 254 + 1e-6)).all()
+
+
+@pytest.mark.parametrize(("format", "bits"), [("nf4", 4 + 8 / 64 + 32 / (64 * 256)), ("int8", 8 + 32 / 512)])
+def test_a_layer_takes_the_bits_that_its_format_says(format, bits):
+    layer = plain_layer(512, 512, bias=False)
+    taken = sum(buffer.numel() * buffer.element_size() for buffer in quantised(format, layer).buffers())
+    fixed = 256 * 4 + 4 if format == "nf4" else 0  # the 256 levels of the largest values, and their mean
+    assert 8 * (taken - fixed) / 512**2 == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gradient_through_a_quantised_layer_is_that_through_its_weight(format, dtype):
+    layer = quantised(format, plain_layer().to(dtype))
+    layer.bias.requires_grad_(True)
+    x = torch.randn(3, 5, 128).to(dtype).requires_grad_()
+    dY = torch.randn(3, 5, 96).to(dtype)
+    W = layer.dequantised(dtype)
+    expected = nn.functional.linear(x, W, layer.bias)
+    wanted = torch.autograd.grad(expected, (x, layer.bias), dY)
+    found = layer(x)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found, (x, layer.bias), dY), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_under_autocast_a_quantised_layer_computes_in_its_type_both_ways(format):
+    layer, x = quantised(format, plain_layer()), torch.randn(5, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype is torch.bfloat16
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    expected = torch.ones(5, 96, dtype=torch.bfloat16) @ layer.dequantised(torch.bfloat16)
+    torch.testing.assert_close(dx, expected.float(), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_was_taken_off_cancels_without_being_computed(format):
+    plain = plain_layer()
+    base, delta = view_of(plain)[1], LowRank(Place(view_of(plain)[1], 4, 0.5))
+    for parameter in (delta.A, delta.B):
+        nn.init.normal_(parameter, std=0.1)
+    delta.subtract_start()
+    taken = (delta.fixed_B, delta.fixed_A)
+    layer = parts.load("base", format).quantise(base, remainder(base.weight(), taken))
+    layer.taken = taken
+    nn.init.normal_(delta.A)
+    view, x = View(layer), torch.randn(7, 128)
+    torch.testing.assert_close(layer(x), x @ view.weight().t() + layer.bias)
+    short = delta.beside(view, x, x)
+    torch.testing.assert_close(short, delta.add_to(layer(x), x), rtol=1e-4, atol=1e-5)
+    counted: list[Tensor] = []
+    delta.fixed_A.register_hook(counted.append) if delta.fixed_A.requires_grad else None
+    W = layer.dequantised(torch.float32) + 0.5 * delta.B @ delta.A
+    torch.testing.assert_close(short, x @ W.t() + layer.bias)
+    delta.fix(
+        torch.randn(96, 2), torch.randn(2, 128)
+    )  # as delta_lora does: now they no longer cancel as a whole
+    torch.testing.assert_close(delta.beside(view, x, x), delta.add_to(layer(x), x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora"])
+def test_nothing_as_large_as_w0_is_kept_for_the_backward_pass(method):
+    model = tiny.model()
+    adapter = inject.inject(
+        model, plans.make(AdapterRecipe(method=method, r=4), model, models.ends_of(model))
+    )
+    assert kept_in_the_shape_of_w(model, adapter, ids()) == []
+
+
+def test_what_is_quantised_is_every_linear_layer_but_the_head_and_what_trains_in_full():
+    for kind, settings in (("llama", {}), ("gpt2", {}), ("mixtral", {})):
+        model = tiny.model(kind)
+        recipe = AdapterRecipe(method="qlora", r=4, train_also=("norms",), **settings)
+        found = {name: view_of(module) for name, module in model.named_modules() if name}
+        linear = {name for name, view in found.items() if view and not view[1].reads_ids}
+        inject.inject(model, plans.make(recipe, model, models.ends_of(model))).deactivate()
+        left = {name for name, module in model.named_modules() if isinstance(module, Quantised)}
+        assert left == linear - {models.ends_of(model).head}
+    model = tiny.model()
+    recipe = AdapterRecipe(method="qlora", target_modules=("q_proj",), train_also=("layers.0.mlp",))
+    inject.inject(model, plans.make(recipe, model, models.ends_of(model)))
+    assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is nn.Linear
+    assert isinstance(model.get_submodule("model.layers.1.mlp.up_proj"), Quantised)
+
+
+def test_a_model_without_quantised_layers_never_imports_bitsandbytes():
+    code = (
+        "import sys, lora_cli.run.train, lora_cli.run.merge; from tests.adapters import adapted; adapted('llama');"
+        "print('bitsandbytes' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], text=True).strip() == "False"
+
+
+# ---- starts -------------------------------------------------------------------------------------------------------
+
+
+def start_of(init: str, format: str = "nf4", scale: float = 0.5, r: int = 8, **settings: Any):
+    """(W0, layer, ΔW) of a layer that is started and quantised as in a run; W0 has a falling spectrum."""
+    model = nn.Module()
+    model.layer = plain_layer(64, 96)
+    model.layer.weight.copy_(torch.randn(64, 64) @ torch.diag(0.9 ** torch.arange(64)) @ torch.randn(64, 96))
+    W0 = model.layer.weight.detach().clone()
+    x = torch.randn(200, 96) * torch.logspace(-1, 1, 96)
+    method = Method(name="x", base=Part(format), init=Part(init, settings))
+    spec = plans.LayerSpec("layer", "linear", 96, 64, r, scale * r, scale, 0)
+    plan = plans.Plan(method, (spec,), quantised=("layer",))
+    adapter = inject.inject(model, plan, 0, {"layer": x.t() @ x / len(x)})
+    return W0, adapter.layers["layer"], x
+
+
+def error_of(W0: Tensor, layer: Any, sizes: Tensor | float = 1.0) -> float:
+    return torch.linalg.norm((layer.merged_weight() - W0) * sizes).item()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("init", "settings"),
+    [("loftq", {"iterations": t}) for t in (1, 2, 5)]
+    + [("lq", {"iterations": t}) for t in (1, 5)]
+    + [("lqer", {})],
+)
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_a_start_that_makes_up_for_quantising_is_closer_to_w0_than_without(init, settings, format, scale):
+    W0, layer, x = start_of(init, format, scale, **settings)
+    torch.manual_seed(0)
+    plain = torch.linalg.norm(quantised_weight(W0, format) - W0).item()
+    sizes = x.square().mean(0).sqrt() if init == "lqer" else 1.0
+    bound = torch.linalg.norm((quantised_weight(W0, format) - W0) * sizes).item() if init == "lqer" else plain
+    assert error_of(W0, layer, sizes) < 0.95 * bound
+
+
+def quantised_weight(W0: Tensor, format: str) -> Tensor:
+    layer = plain_layer(*W0.shape)
+    layer.weight.copy_(W0)
+    return quantised(format, layer).dequantised(torch.float32)
+
+
+def test_one_iteration_of_loftq_is_the_best_thin_approximation_of_the_error_of_the_plain_base():
+    W0, layer, _ = start_of("loftq", scale=3.0)
+    Q = quantised_weight(W0, "nf4")
+    assert torch.equal(layer.base.weight(), Q), "one iteration leaves the base that every adapter has"
+    assert layer.base.taken is None
+    left = (W0 - Q).double()
+    U, S, Vt = torch.linalg.svd(left)
+    best = U[:, :8] * S[:8] @ Vt[:8]
+    torch.testing.assert_close(layer.delta.weight().double(), best, rtol=0, atol=1e-5 * S[0].item())
+    torch.testing.assert_close(layer.delta.A.norm() * 3.0**0.5, S[:8].sum().sqrt().float(), rtol=1e-4, atol=0)
+
+
+def test_an_iterate_that_is_worse_than_one_before_is_not_kept():
+    for init in ("loftq", "lq"):
+        errors = []
+        for iterations in range(1, 9):
+            torch.manual_seed(5)
+            W0, layer, _ = start_of(init, iterations=iterations)
+            errors.append(error_of(W0, layer))
+        assert errors == sorted(errors, reverse=True), f"{init}: more iterations never do worse"
+        assert errors[-1] < errors[0]
+
+
+def test_lqer_is_better_than_loftq_for_the_inputs_it_has_seen():
+    torch.manual_seed(3)
+    W0, seen, x = start_of("lqer")
+    torch.manual_seed(3)
+    same, unseen, _ = start_of("loftq")
+    assert torch.equal(W0, same)
+    sizes = x.square().mean(0).sqrt()
+    assert error_of(W0, seen, sizes) < 0.9 * error_of(W0, unseen, sizes)
+    assert error_of(W0, seen) > error_of(W0, unseen), "which is the best without the inputs"
+
+
+@pytest.mark.parametrize("init", ["pissa", "milora", "olora", "symmetric", "lq", "kaiming"])
+def test_other_starts_start_as_the_base_that_is_left_without_the_adapter(init):
+    _, layer, x = start_of(init)
+    assert layer.delta.weight().norm() < 1e-6 * layer.base.weight().norm()
+    torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=1e-4, atol=1e-3)
+    assert (layer.base.taken is None) == (init == "kaiming")
+
+
+def test_pissa_on_a_quantised_base_is_closer_to_w0_than_quantising_alone():
+    W0, layer, _ = start_of("pissa")
+    assert error_of(W0, layer) < 0.8 * torch.linalg.norm(quantised_weight(W0, "nf4") - W0)
+    left = W0 - 0.5 * layer.delta.B @ layer.delta.A
+    torch.testing.assert_close(layer.base_layer.dequantised(torch.float32), quantised_weight(left, "nf4"))
+
+
+def test_the_head_and_the_embeddings_start_as_lora_does():
+    model = tiny.model()
+    recipe = AdapterRecipe(method="loftq", target_modules=("q_proj", "lm_head", "embed_tokens"), r=4)
+    adapter = inject.inject(model, plans.make(recipe, model, models.ends_of(model)))
+    for name, delta in adapter.deltas.items():
+        assert bool(delta.B.any()) == name.endswith("q_proj")
+        assert delta.A.any()
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tiny_folder: Path, rows_file: Path, tmp_path: Path):
+    """Make a recipe on the tiny model."""
+
+    def make(output: str = "run", model: dict[str, Any] | None = None, **adapter: Any) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "model": {"name": str(tiny_folder), "dtype": "float32", **(model or {})},
+                "data": {
+                    "train": str(rows_file),
+                    "eval_fraction": 0.2,
+                    "format": {"prompt": "{question}", "completion": "{answer}"},
+                },
+                "adapter": {"r": 4, **adapter},
+                "train": {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-2, "save_steps": 2},
+                "output": {"dir": str(tmp_path / output)},
+            }
+        )
+
+    return make
+
+
+def logits_of(folder: Path, **how: Any) -> Tensor:
+    with torch.no_grad():
+        return open_model([folder], **how).language.model(torch.arange(5, 60)[None]).logits
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "qlora": {"method": "qlora"},
+    "qdora": {"method": "qdora"},
+    "int8": {"model": {"quantize": "int8"}},
+    "qpissa": {"method": "qlora", "init": "pissa"},
+    "qpissa, dora": {"method": "qdora", "init": "pissa"},
+    "loftq of its own base": {"method": "loftq", "init": {"loftq": {"iterations": 3}}},
+    "delta_lora": {
+        "method": "delta_lora",
+        "model": {"quantize": "nf4"},
+        "lifecycle": {"delta_lora": {"after": 1}},
+    },
+    "delta_lora, pissa": {
+        "method": "delta_lora",
+        "init": "pissa",
+        "model": {"quantize": "nf4"},
+        "lifecycle": {"delta_lora": {"after": 1}},
+    },
+    "norms, head": {"method": "qlora", "train_also": ("norms", "head")},
+    "new rows": {"method": "qlora", "model": {"add_tokens": ("<|think|>",)}},
+    "vera": {"method": "vera", "r": 16, "model": {"quantize": "nf4"}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_opened_again_and_merged_computes_what_was_trained(recipe, case, tmp_path, monkeypatch):
+    from lora_cli.run import save
+
+    trained: list[Any] = []
+    keep = save.adapter
+    monkeypatch.setattr(
+        save, "adapter", lambda folder, run, *more: (trained.append(run), keep(folder, run, *more))
+    )
+    folder = train(recipe(**CASES[case]), SCREEN)
+    (run,) = trained
+    with inject.without_adapters(run.adapter):
+        assert digest(run.model) == run.adapter.codes is not None
+    with torch.no_grad():
+        live = run.model.eval()(torch.arange(5, 60)[None]).logits
+    assert probe.distance(logits_of(folder), live) < 1e-5
+    (again,) = open_model([folder]).adapters.values()
+    assert again.codes == run.adapter.codes, "the same codes to the bit"
+    report = merge(folder, tmp_path / "merged", None, SCREEN)
+    assert report["onto"] == "trained"
+    assert 0.001 < report["quantisation_error"] < 0.12
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        again = merged(torch.arange(5, 60)[None]).logits
+    assert probe.distance(again, live) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["qlora", "qdora", "qpissa"])
+def test_merged_onto_the_original_weights_it_is_these_and_what_was_learned(recipe, case, tmp_path, capsys):
+    folder = train(recipe(**CASES[case]), SCREEN)
+    expected = logits_of(folder, original=True)
+    capsys.readouterr()
+    report = merge(folder, tmp_path / "merged", None, SCREEN, onto="original")
+    assert "another model than the one that was trained" in capsys.readouterr().err.replace("\n", " ")
+    assert report["onto"] == "original"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        again = merged(torch.arange(5, 60)[None]).logits
+    assert probe.distance(again, expected) < 1e-5
+    assert probe.distance(again, logits_of(folder)) > 1e-3, "which is not what was trained"
+
+
+def test_merging_onto_other_weights_needs_other_weights(recipe, tmp_path):
+    folder = train(recipe(), SCREEN)
+    with pytest.raises(UserError, match="no other weights"):
+        merge(folder, tmp_path / "merged", None, SCREEN, onto="original")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("case", ["qdora", "qpissa", "loftq of its own base", "int8"])
+def test_a_run_goes_on_from_a_checkpoint_to_the_bit(recipe, case, monkeypatch):
+    whole = train(recipe("whole", **CASES[case]), SCREEN)
+    with monkeypatch.context() as patched:
+        stopped_after(patched, 3)
+        with pytest.raises(UserError, match="stopped after step 3"):
+            train(recipe("parts", **CASES[case]), SCREEN)
+    again = train(recipe("parts", **CASES[case]), SCREEN, resume=True)
+    weights = "adapter_model.safetensors"
+    assert (whole / weights).read_bytes() == (again / weights).read_bytes()
+
+
+def test_a_checkpoint_of_other_codes_is_not_gone_on_from(recipe, monkeypatch):
+    with monkeypatch.context() as patched:
+        stopped_after(patched, 3)
+        with pytest.raises(UserError, match="stopped after step 3"):
+            train(recipe(method="qlora"), SCREEN)
+    monkeypatch.setattr(inject, "digest", lambda model: "others")
+    with pytest.raises(UserError, match="quantised to other codes") as caught:
+        train(recipe(method="qlora"), SCREEN, resume=True)
+    assert caught.value.code is ExitCode.NO_CHECKPOINT
+
+
+def test_an_adapter_of_other_codes_is_refused_and_can_be_merged_onto_the_original(recipe, tmp_path):
+    folder = train(recipe(method="qlora"), SCREEN)
+    ours = json.loads((folder / "lora.json").read_text())
+    (folder / "lora.json").write_text(json.dumps(ours | {"codes": "0" * 32}))
+    with pytest.raises(UserError, match="quantised to other codes") as caught:
+        open_model([folder])
+    assert "--onto original" in caught.value.fix
+    assert open_model([folder], original=True).adapters
+
+
+def test_other_weights_are_refused_before_they_are_quantised(recipe, tmp_path):
+    folder = train(recipe(method="qlora"), SCREEN)
+    tiny.model("llama", seed=1).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="other weights"):
+        open_model([folder], base=str(tmp_path / "other"))
+
+
+def test_two_adapters_share_a_quantised_base_unless_one_has_its_own(recipe):
+    first = train(recipe("a", method="qlora"), SCREEN)
+    second = train(recipe("b", method="qdora"), SCREEN)
+    own = train(recipe("c", method="qlora", init="pissa"), SCREEN)
+    dense = train(recipe("d"), SCREEN)
+    alone = logits_of(second)
+    opened = open_model([first, second])
+    opened.use("b")
+    with torch.no_grad():
+        assert torch.equal(opened.language.model(torch.arange(5, 60)[None]).logits, alone)
+    for other in (own, dense):
+        with pytest.raises(UserError, match="quantised in different ways"):
+            open_model([first, other])
+
+
+def test_a_plain_model_is_measured_as_the_recipe_keeps_it(recipe, tiny_folder, tmp_path):
+    asked = recipe(method="qlora")
+    folder = train(asked, SCREEN)
+    written = tmp_path / "asked.yaml"
+    written.write_text((folder / "recipe.yaml").read_text())
+    report = evaluate(tiny_folder, written, [], SCREEN)
+    assert report["base"]["loss"] == pytest.approx(
+        evaluate(folder, None, [], SCREEN)["base"]["loss"], rel=1e-6
+    )
+    plain = evaluate(tiny_folder, written, ["model.quantize=none"], SCREEN)
+    assert plain["base"]["loss"] != report["base"]["loss"]
+
+
+# ---- other tools ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wide_folder(tmp_path: Path) -> Path:
+    """A tiny model whose rows end with a block of 64, as bitsandbytes needs them on a CPU."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    tiny.model("llama", **sizes).save_pretrained(tmp_path / "wide")
+    tiny.tokenizer().save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+def in_4_bits(folder: Path, **more: Any) -> Any:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **more
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("method", ["qlora", "qdora", "loftq"])
+def test_peft_over_bitsandbytes_computes_what_was_trained(recipe, method, wide_folder, tmp_path):
+    from peft import PeftModel
+
+    folder = train(recipe(method=method, model={"name": str(wide_folder)}), SCREEN)
+    export(folder, "peft", tmp_path / "exported", SCREEN)
+    theirs = PeftModel.from_pretrained(in_4_bits(wide_folder), tmp_path / "exported").train()
+    with torch.no_grad():
+        found = theirs(torch.arange(5, 60)[None]).logits
+    assert probe.distance(found, logits_of(folder)) < 1e-4
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", ["qpissa", "loftq of its own base"])
+def test_an_adapter_that_fits_a_base_of_its_own_is_kept_from_peft(recipe, case, tmp_path):
+    from peft import PeftConfig
+
+    folder = train(recipe(**CASES[case]), SCREEN)
+    with pytest.raises(UserError, match="PEFT would quantise all of it"):
+        export(folder, "peft", tmp_path / "exported", SCREEN)
+    assert not (tmp_path / "exported").exists()
+    with pytest.raises(KeyError):
+        PeftConfig.from_pretrained(folder)
+
+
+@pytest.fixture(params=["nf4", "nf4, plain", "fp4", "int8"])
+def packed_llama(request, wide_folder: Path, tmp_path: Path) -> Path:
+    return packed(wide_folder, tmp_path / "packed", request.param)
+
+
+def packed(plain: Path, folder: Path, form: str) -> Path:
+    """A model as transformers saves it that bitsandbytes quantised."""
+    config = {
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+        "nf4, plain": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "fp4": BitsAndBytesConfig(load_in_4bit=True),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }[form]
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_is_stored_quantised_is_a_base(recipe, packed_llama, request, tmp_path):
+    asked = recipe(model={"name": str(packed_llama)})
+    folder = train(asked, SCREEN)
+    report = evaluate(folder, None, [], SCREEN)
+    assert report["adapter"]["loss"] < report["base"]["loss"]
+    # in evaluation bitsandbytes packs weights for the CPU, 64 at a time: these rows are shorter
+    theirs = AutoModelForCausalLM.from_pretrained(packed_llama, dtype=torch.float32).train()
+    with torch.no_grad():
+        found = logits_of(packed_llama)
+        expected = theirs(torch.arange(5, 60)[None]).logits
+    rounds_inputs = "int8" in request.node.name
+    assert probe.distance(found, expected) < (0.02 if rounds_inputs else 1e-5)
+    for onto in ("trained", "original"):
+        with pytest.raises(UserError, match="which is not merged onto"):
+            merge(folder, tmp_path / "merged", None, SCREEN, onto=onto)
+
+
+def test_conv1d_layers_come_back_as_conv1d(tmp_path):
+    tiny.model("gpt2").save_pretrained(tmp_path / "gpt2")
+    tiny.tokenizer().save_pretrained(tmp_path / "gpt2")
+    folder = packed(tmp_path / "gpt2", tmp_path / "packed", "nf4")
+    language = open_model([folder]).language
+    x = ids()
+    with torch.no_grad():
+        before = language.model(x).logits
+    made = plans.make(AdapterRecipe(r=4), language.model, language.ends)
+    inject.merge(language.model, inject.inject(language.model, made))
+    assert {type(m).__name__ for n, m in language.model.named_modules() if n.endswith("c_attn")} == {"Conv1D"}
+    with torch.no_grad():
+        torch.testing.assert_close(language.model(x).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["loftq", "lq", "lqer", "lora_ga"])
+def test_what_needs_the_original_weights_is_refused_where_there_are_none(recipe, init, tiny_folder, tmp_path):
+    folder = packed(tiny_folder, tmp_path / "packed", "nf4")
+    asked = recipe(model={"name": str(folder), "quantize": "none"}, init=init)
+    for command in (train, lambda asked, screen: check(Loaded(asked, {}, "recipe"), screen, 0)):
+        with pytest.raises(UserError, match=rf"(?s)init: {init}"):
+            command(asked, SCREEN)
+
+
+def test_a_stored_quantised_model_is_not_quantised_again(recipe, tiny_folder, tmp_path):
+    folder = packed(tiny_folder, tmp_path / "packed", "nf4")
+    with pytest.raises(UserError, match="stored in nf4 already"):
+        train(recipe(model={"name": str(folder)}, method="qlora"), SCREEN)
+
+
+@pytest.mark.parametrize(
+    "stored", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "new"}, {"bits": 3}, {}]
+)
+def test_a_model_that_is_quantised_in_another_way_is_refused_by_name(recipe, stored, tiny_folder, tmp_path):
+    folder = tmp_path / "stored"
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": stored}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=rf"stored quantised \({stored.get('quant_method', 'not said how')}\)"
+    ):
+        train(recipe(model={"name": str(folder)}), SCREEN)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    **{
+        name: ({"method": name}, "base.quantized")
+        for name in (
+            "full",
+            "optimizer_view",
+            "serial",
+            "relora",
+            "cola",
+            "xgblora",
+            "flora",
+            "galore",
+            "random_projection",
+        )
+    },
+    "everything": ({"train_also": ("everything",)}, "cannot be trained in full"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_writes_to_w_is_refused_before_anything_is_loaded(recipe, case):
+    adapter, reason = REFUSED[case]
+    asked = recipe(model={"name": "/nowhere/model", "quantize": "nf4"}, **adapter)
+    for command in (train, lambda asked, screen: check(Loaded(asked, {}, "recipe"), screen, 0)):
+        with pytest.raises(UserError, match=reason):
+            command(asked, SCREEN)
+
+
+@pytest.mark.parametrize("init", ["loftq", "lq", "lqer"])
+def test_a_start_that_makes_up_for_quantising_needs_it(recipe, init):
+    with pytest.raises(UserError, match=rf"init: {init}: needs base.quantized"):
+        train(recipe(model={"name": "/nowhere/model"}, init=init), SCREEN)
+    with pytest.raises(UserError, match=r"needs base\.quantized"):
+        train(recipe(model={"name": "/nowhere/model", "quantize": "none"}, method="loftq"), SCREEN)
+
+
+def test_a_quantised_weight_is_not_written_to():
+    with pytest.raises(UserError, match="cannot be written to"):
+        View(quantised("nf4", plain_layer())).set_weight(torch.zeros(96, 128))
+
+
+def test_without_the_package_the_error_says_how_to_get_it(recipe, monkeypatch):
+    monkeypatch.setattr(parts.load("base", "nf4"), "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs bitsandbytes") as caught:
+        train(recipe(model={"name": "/nowhere/model"}, method="qlora"), SCREEN)
+    assert "pip install" in caught.value.fix
