@@ -188,7 +188,9 @@ class Combination:
     def adapter(self) -> AdapterRecipe:
         """The section of a recipe."""
         single = {
-            axis: found[0] for axis, found in self.chosen.items() if axis not in ("lifecycle", "optimizer")
+            axis: found[0]
+            for axis, found in self.chosen.items()
+            if axis not in ("base", "lifecycle", "optimizer")
         }
         return AdapterRecipe(**single, lifecycle=self.chosen["lifecycle"], **self.beside)
 
@@ -236,9 +238,11 @@ def drawn(axis: str, name: str, chance: random.Random) -> Combination:
     beside: dict[str, Any] = {"r": chance.choice((1, 2, 2, 4, 4, 8, 3))}
     for more in chance.sample(BESIDE, chance.choice((0, 0, 1, 2))):
         beside |= more
-    return Combination(
-        {axis: tuple(with_settings(axis, n, chance) for n in chosen[axis]) for axis in AXES}, beside
-    )
+    found = {axis: tuple(with_settings(axis, n, chance) for n in chosen[axis]) for axis in AXES}
+    needs = rules.stated("needs", axis, found[axis][-1]) if found[axis] else {}
+    if "base.quantized" in needs or chance.random() < 0.1:
+        found["base"] = (Part(chance.choice(("nf4", "int8"))),)
+    return Combination(found, beside)
 
 
 @cache
@@ -503,8 +507,13 @@ def check_laws(combination: Combination, folder: Path, goes_on: bool = True) -> 
     plain, original = output(base), base.state_dict()
     run = begun(combination)
     adapter = run.adapter
+    if adapter.codes is not None:  # the base is what the codes say
+        with inject.without_adapters(adapter):
+            plain, original = output(run.model), run.model.state_dict()
     delta = parts.load("delta", adapter.plan.method.delta.name)
     near = 1e-2 if hasattr(delta, "approximates") else 1e-5
+    if hasattr(parts.load("init", combination.chosen["init"][0].name), "approximates"):
+        near = 1.0
     held.hold("base", distance(output(run.model), plain) < near)
 
     planned = adapter.plan.num_trainable
@@ -529,7 +538,7 @@ def check_laws(combination: Combination, folder: Path, goes_on: bool = True) -> 
         files.write(folder / "adapter", form, run.model, "the/base", None, ())
 
     saved = files.read(folder / "adapter")
-    loaded = inject.inject(base, files.plan_of(saved, base, ENDS))
+    loaded = inject.inject(base, files.plan_of(saved, base, ENDS), taken=files.taken_of(saved, base))
     files.fill(loaded, saved)
     held.hold("saved", distance(output(base), learned) < 1e-5)
 

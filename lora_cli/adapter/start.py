@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_cli.adapter.base import Base
 
-SHIFTS = ("pissa", "milora", "olora", "corda", "lora_ga", "symmetric")
+SHIFTS = ("pissa", "milora", "olora", "corda", "lora_ga", "symmetric", "loftq", "lq")
 """Inits whose first B·A stands for a part of W0 that is taken off it."""
 
 
