@@ -15,7 +15,7 @@ from lora_cli.adapter.inject import inject
 from lora_cli.adapter.plan import Plan
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import AdapterRecipe, Recipe
-from lora_cli.run import prepare
+from lora_cli.run import fit, prepare
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
 from lora_cli.train.sharding import blocks, share_out
@@ -316,6 +316,34 @@ def mappings(files: set[str]) -> list[tuple[int, int]]:
             low, high = line.split()[0].split("-")
             found.append((int(low, 16), int(high, 16)))
     return found
+
+
+def test_a_base_that_is_shared_out_is_asked_for_its_share_of_the_memory(bench, tmp_path, monkeypatch):
+    """What fits in two devices together is not refused because it does not fit in one."""
+    tiny.model("llama", num_hidden_layers=9).save_pretrained(bench.folder / "nine")
+    tiny.tokenizer().save_pretrained(bench.folder / "nine")
+    recipe = of(bench, "nine", train={**SHARED, "on_no_fit": "error"})
+    language = prepare.load_model(recipe, Two())
+    datasets = prepare.load_data(recipe, language.tokenizer, tmp_path)
+    peaks: dict[int, float] = {}
+    real, wanted = fit.sharded, torch.device("cpu")
+
+    def noted(whole: Any, *rest: Any) -> Any:
+        found = real(whole, *rest)
+        peaks.update({1: whole.peak, 2: found.peak})
+        return found
+
+    monkeypatch.setattr(fit, "sharded", noted)
+    monkeypatch.setattr(fit, "_taken", lambda device: 0)
+    monkeypatch.setattr(fit.devices, "free_memory", lambda device: 0)
+    with pytest.raises(UserError):
+        fit.fitted(recipe, language, datasets, wanted, Screen.silent(), sharing=2)
+    assert peaks[2] < peaks[1]
+    between = (peaks[1] + peaks[2]) / 2 / fit.MARGIN
+    monkeypatch.setattr(fit.devices, "free_memory", lambda device: between)
+    assert fit.fitted(recipe, language, datasets, wanted, Screen.silent(), sharing=2).recipe == recipe
+    with pytest.raises(UserError, match="the run needs about"):
+        fit.fitted(recipe, language, datasets, wanted, Screen.silent())
 
 
 def test_one_process_alone_says_that_nothing_is_shared_out(bench, capsys):
