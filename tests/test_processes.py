@@ -76,6 +76,25 @@ def test_balanced_experts_get_the_same_bytes_from_two_processes(bench, processes
     assert result(recipe) == result(alone)
 
 
+DECIDES: dict[str, dict[str, Any]] = {
+    "aflora": {"lifecycle": {"aflora": {"every": 1, "begin": 0.0, "end": 0.9}}},
+    "dora_dynamic": {"rank": {"dora_dynamic": {"every": 1, "end": 0.9}}},
+    "lora_drop": {"lifecycle": {"lora_drop": {"after": 0.5, "threshold": 0.3}}},
+    "prilora": {"rank": {"prilora": {"every": 2}}, "dropout": 0.2},
+    "sparse_adapter": {"lifecycle": [{"sparse_adapter": {"after": 1}}]},
+}
+"""Methods that decide on the way, from what all processes have alike; with dropout where inputs are measured."""
+
+
+@pytest.mark.parametrize("method", DECIDES)
+def test_processes_decide_on_the_way_what_one_would(bench, processes, method):
+    recipe = bench.recipe(adapter={"method": method, **DECIDES[method]}, train=EXACT)
+    alone = recipe.model_copy(update={"output": bench.recipe().output})
+    train(alone, Screen())
+    assert together(processes, bench, recipe, 2)["codes"] == [0, 0]
+    assert result(recipe) == result(alone)
+
+
 def test_processes_learn_the_same_as_one_whatever_the_order_of_sums(bench, processes):
     recipe = bench.recipe(adapter={"dropout": 0.0}, train={"optimizer": "sgd", "micro_batch_size": "auto"})
     alone = recipe.model_copy(update={"output": bench.recipe().output})

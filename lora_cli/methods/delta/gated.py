@@ -30,7 +30,9 @@ def forbids(start: float) -> dict[str, str]:
     """With open gates A or B has to be zero."""
     never = {"init.own": "A and B would both be zero, from where no step leads"}
     why = "it fills A and B, and with open gates the model would not start as the base"
-    return never | ({"init.small": why, "init.closed": why} if start else {})
+    dead = "open gates start beside a B or an A of zero, and would never have a gradient alone"
+    filled = {"init.small": why, "init.closed": why, "trainable.only_core": dead}
+    return never | (filled if start else {})
 
 
 class Gated(LowRank):
