@@ -81,7 +81,8 @@ def test_a_document_is_computed_the_same_packed_padded_or_alone(kind):
     alone = logits_of(model, rows, False, max_rows=1)
     for packing in (False, True):
         for row, logits in logits_of(model, rows, packing).items():
-            torch.testing.assert_close(logits, alone[row], rtol=1e-4, atol=1e-4)
+            # Another choice of factors would move them by much more than rounding does.
+            torch.testing.assert_close(logits, alone[row], rtol=1e-3, atol=2e-3)
 
 
 def test_no_token_depends_on_one_behind_it():
