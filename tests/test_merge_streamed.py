@@ -181,6 +181,13 @@ def test_types_that_are_mixed_in_the_files_stay_so(tmp_path):
     found = streamed(tmp_path)
     assert {name: W.dtype for name, W in found.items()} == {name: W.dtype for name, W in W0.items()}
     assert not torch.equal(found[(name := "model.layers.0.self_attn.k_proj.weight")], W0[name])
+    content = (tmp_path / "merged None" / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    placed = sorted(each["data_offsets"][0] for name, each in header.items() if name != "__metadata__")
+    kinds = {
+        each["data_offsets"][0]: each["dtype"] for name, each in header.items() if name != "__metadata__"
+    }
+    assert [kinds[start] for start in placed] == sorted(kinds.values(), reverse=True), "the wide ones first"
 
 
 def test_ends_that_the_files_hold_twice_and_differently_are_two(tmp_path):
