@@ -182,9 +182,6 @@ def estimate(
     gpus: Annotated[
         int, typer.Option("--gpus", help="Devices that share the rows of a step.", min=1, metavar="N")
     ] = 1,
-    shard: Annotated[
-        bool, typer.Option("--shard", help="They share the base as well, as FSDP does: each holds 1/N of it.")
-    ] = False,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this machine first, for a few seconds.")
     ] = False,
@@ -201,7 +198,7 @@ def estimate(
     from lora_cli.run.estimate import estimate
 
     screen = Screen()
-    screen.result(estimate(loaded, screen, device=device, gpus=gpus, shard=shard, measure=calibrate), as_json)
+    screen.result(estimate(loaded, screen, device=device, gpus=gpus, measure=calibrate), as_json)
 
 
 @app.command(name="eval")

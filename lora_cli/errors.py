@@ -2,6 +2,7 @@
 
 UserError       a message for a person: what is wrong, where, what to do; never a traceback
 ├ several       `UserError.several` joins the errors of one file into one report
+├ UnknownCostError   what a run would cost cannot be found out
 └ AloneError         another process of the run is gone
 ExitCode        published; scripts rely on it
 short           what a user wrote, as it stands in a message
@@ -92,6 +93,10 @@ class UserError(Exception):
         if len(found) == 1:
             return found[0]
         return cls("\n".join(str(error) for error in found), code=found[0].code)
+
+
+class UnknownCostError(UserError):
+    """What a run would cost cannot be found out."""
 
 
 class AloneError(UserError):

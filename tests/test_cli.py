@@ -55,6 +55,7 @@ def test_every_command_has_help_for_each_of_its_options():
     for command in (
         "train",
         "check",
+        "estimate",
         "eval",
         "compare",
         "generate",

@@ -180,8 +180,11 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     ),
     "train.max_grad_norm": Case("adapter", 1e-3, {"train.optimizer": "sgd"}),
     "train.precision": Case("adapter", "bfloat16"),
-    "train.gradient_checkpointing": Case("computed", True),
-    "train.parallel": Case("screen", "fsdp"),
+    "train.gradient_checkpointing": (
+        Case("computed", True),
+        Case("computed", 1),
+        Case("refused", 3, told="the model has 2"),
+    ),
     "train.seed": Case("adapter", 1),
     "train.log_steps": Case("screen", 2),
     "train.eval_steps": Case("log", 1),
@@ -332,7 +335,7 @@ MEASURED: dict[str, Case] = {
     "eval.batch_size": Case("computed", 3, WRITES),
     "eval.max_new_tokens": Case("measured", 9, WRITES),
 }
-ELSEWHERE = ("compare", "train.deterministic")
+ELSEWHERE = ("compare", "train.on_no_fit", "train.deterministic")
 """Keys with a test of their own, below."""
 
 

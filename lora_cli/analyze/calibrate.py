@@ -28,7 +28,7 @@ def shapes_of(model: nn.Module) -> Counter[Shape]:
 
 
 def calibrated(shapes: Mapping[Shape, int], device: torch.device, dtype: str, tokens: int) -> Device:
-    """This machine, with what was measured in place of what is known of its kind.
+    """The machine at hand, with what was measured in place of what is known of its kind.
 
     Args:
         shapes: of the model's matrices.

@@ -1,4 +1,4 @@
-"""How long work takes on a device: the time of its products, of attention, of moving bytes, and of starting all that."""
+"""How long work takes on a device: its products, attention, moving bytes, and starting all that."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

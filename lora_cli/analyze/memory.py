@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.analyze.devices import Device
-from lora_cli.analyze.rehearse import Held, Rehearsal, Rows
+from lora_cli.analyze.rehearse import Rehearsal, Rows
 from lora_cli.recipe.schema import TrainRecipe
 
 PER_WEIGHT = {
@@ -36,6 +36,8 @@ class Memory:
     """Kept for the backward pass."""
     passing: float
     """What is there for a moment beside them: logits, gradients of activations, a block that is computed again."""
+    allocator: float
+    """What it holds without use."""
 
     @property
     def peak(self) -> float:
@@ -75,22 +77,19 @@ def at_most(model: PreTrainedModel, tokens: int, longest: int) -> float:
 def memory(rehearsal: Rehearsal, case: Case, device: Device) -> Memory:
     """Of a run on one device."""
     held, cost = rehearsal.held, rehearsal.cost(case.rows, case.recomputed)
-    waiting = held.gradients if case.several else 0
-    updating = held.gradients + rehearsal.update_peak - held.optimizer
-    if waiting + cost.peak < updating:  # next to no activations, as where a large model trains in full
-        return _memory(held, device, held.gradients, 0.0, updating - held.gradients)
-    return _memory(held, device, waiting, cost.kept, cost.peak - cost.kept)
-
-
-def _memory(held: Held, device: Device, gradients: float, kept: float, passing: float) -> Memory:
+    gradients, kept, passing = held.gradients if case.several else 0, cost.kept, cost.peak - cost.kept
+    updating = rehearsal.update_peak - held.optimizer
+    if gradients + kept + passing < held.gradients + updating:  # as where a large model trains in full
+        gradients, kept, passing = held.gradients, 0.0, updating
     return Memory(
         process=device.floor,
         weights=held.weights,
         adapter=held.adapter,
         gradients=gradients,
         optimizer=held.optimizer,
-        activations=device.slack * kept,
-        passing=device.slack * passing,
+        activations=kept,
+        passing=passing,
+        allocator=device.gaps * rehearsal.cost(case.rows).kept,
     )
 
 
@@ -103,12 +102,15 @@ def stored(found: Memory, rehearsal: Rehearsal, kind: str) -> Memory:
 
 
 def sharded(found: Memory, rehearsal: Rehearsal, devices: int) -> Memory:
-    """The same with the base shared out over devices; each has the block at hand, and the next, as a whole.
+    """The same with the blocks of the base shared out over devices; each has the block at hand, and the next, whole.
 
-    As in fully sharded data parallelism, arXiv:2304.11277, with the adapter whole on each.
+    As `train.parallel: fsdp` does it, with the adapter whole on each; the two ends are whole while a step computes.
     """
-    largest = max((sum(p.nbytes for p in block.parameters()) for block in rehearsal.blocks), default=0)
-    return replace(found, weights=found.weights / devices + 2 * largest * (devices > 1))
+    if devices == 1:
+        return found
+    blocks = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in rehearsal.blocks]
+    away = sum(blocks) * (1 - 1 / devices)
+    return replace(found, weights=found.weights - away, passing=found.passing + 2 * max(blocks, default=0))
 
 
 def blocks_to_recompute(rehearsal: Rehearsal, case: Case, device: Device, limit: float) -> int | None:

@@ -25,11 +25,12 @@ from lora_cli.adapter.inject import Adapter, inject
 from lora_cli.adapter.plan import Plan
 from lora_cli.analyze.tally import Tally, Work, aten
 from lora_cli.data.example import Batch
+from lora_cli.errors import ExitCode, UnknownCostError, UserError
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train import optim
 from lora_cli.train.loss import Loss
-from lora_cli.train.recompute import blocks, recompute
+from lora_cli.train.recompute import blocks, keep, recompute
 
 NAME = "lora_rehearsed"
 BENDING = {aten.tanh, aten.clamp, aten.sigmoid}
@@ -166,11 +167,31 @@ class Rehearsal:
         self.update_peak = self.tally.peak - before
         """Bytes that an update takes for a moment, and those that stay."""
         self.held = Held(weights, adapter, gradients, self.tally.live - before)
+        self.known: dict[tuple[Rows, int], Cost] = {}
         self.blocks = blocks(self.model)
         self.loss = Loss(self.model, 1.0 if self._multiplies_logits() else None)
 
     def cost(self, rows: Rows, recomputed: int = 0) -> Cost:
-        """Of a micro-batch, where so many blocks are computed again, from the bottom."""
+        """Of a micro-batch, where so many blocks are computed again, from the bottom.
+
+        Raises:
+            UserError: the model does not compute without numbers.
+        """
+        if (rows, recomputed) not in self.known:
+            try:
+                self.known[rows, recomputed] = self._cost(rows, recomputed)
+            except UserError:
+                raise
+            except (
+                Exception
+            ) as error:  # a model's own code may ask for numbers, or for what has no shape rule
+                what = (
+                    f"this model cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
+                )
+                raise UnknownCostError(what, where="model.name", code=ExitCode.MODEL) from error
+        return self.known[rows, recomputed]
+
+    def _cost(self, rows: Rows, recomputed: int) -> Cost:
         if recomputed:
             recompute(self.model, recomputed)
         try:
@@ -184,9 +205,7 @@ class Rehearsal:
                     total = total.plus(more.plus(once, -1), count - 1)
             return total
         finally:
-            if recomputed:
-                for block in self.blocks:
-                    block.gradient_checkpointing = False
+            keep(self.model)
 
     def _kinds(self, rows: Rows, recomputed: int) -> list[Any]:
         """For each block what its cost depends on."""
@@ -231,7 +250,7 @@ class Rehearsal:
     def _run(self, rows: Rows, chosen: Sequence[int]) -> Cost:
         """Forward and backward of one micro-batch through these blocks."""
         tally = self.tally
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(self._enter_head)
+        handle = models.end_modules(self.model)[1].register_forward_pre_hook(self._enter_head)
         tally.work.clear()
         tally.stage, before = "blocks", tally.live
         try:
@@ -244,9 +263,8 @@ class Rehearsal:
                 loss.backward()
         finally:
             handle.remove()
-        return Cost(
-            kept, tally.peak - before, head, {stage: tally.work[stage] for stage in ("blocks", "head")}
-        )
+        work = {stage: tally.work[stage] for stage in ("blocks", "head")}
+        return Cost(kept, tally.peak - before, head, work)
 
     def _enter_head(self, *_: object) -> None:
         self.entered = self.tally.live
@@ -255,7 +273,7 @@ class Rehearsal:
     @contextmanager
     def _attention(self, rows: Rows) -> Iterator[None]:
         """Let documents see what they see in training, where transformers decides by numbers that are not there."""
-        before = self.model.config._attn_implementation
+        before = str(self.model.config._attn_implementation)
         together = rows.packed and len(rows.lengths) > 1
         alike = len(set(rows.lengths)) == 1 and not together
         if before == "eager" or not (together or alike):
@@ -301,5 +319,5 @@ def _no_mask(*_: object, **__: object) -> None:
 def _batch(rows: Rows) -> Batch:
     """The tensors that training would give the model."""
     shape = (1, rows.cells) if rows.packed else (len(rows.lengths), max(rows.lengths))
-    ids = torch.zeros(shape, dtype=torch.int64)
-    return Batch(ids, ids, ids, None if rows.packed else ids, ())
+    ids, labels, positions, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
+    return Batch(ids, labels, positions, None if rows.packed else mask, ())

@@ -1,6 +1,6 @@
 """The micro-batches of a run, by their lengths alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ class Documents:
 
 def steps_of(
     documents: Documents,
-    order: Sequence[int],
+    order: np.ndarray,
     train: TrainRecipe,
     *,
     packing: bool,
@@ -52,7 +52,7 @@ def steps_of(
     """
     size = train.batch_size
     starts = range(0, len(order), size)
-    longest = int(np.argmax(documents.lengths[np.asarray(order)])) // size * size
+    longest = int(np.argmax(documents.lengths[order])) // size * size
     chosen = sorted({*starts[:: -(-len(starts) // LOOKED_AT)], longest})
     return [
         [*_micro_batches(documents, order[start : start + size], train, packing, budget, processes)]
@@ -61,7 +61,7 @@ def steps_of(
 
 
 def _micro_batches(
-    documents: Documents, rows: Sequence[int], train: TrainRecipe, packing: bool, budget: int, processes: int
+    documents: Documents, rows: np.ndarray, train: TrainRecipe, packing: bool, budget: int, processes: int
 ) -> Iterator[Rows]:
     by_length = sorted(rows, key=lambda row: -documents.lengths[row])
     auto = train.micro_batch_size == "auto"

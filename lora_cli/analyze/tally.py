@@ -77,23 +77,25 @@ class Tally(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let it run, then count."""
         kwargs = kwargs or {}
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        for tensor in given:  # was there before, if it was not seen to be made
+            self._hold(tensor.untyped_storage(), 0)
         made = operation(*args, **kwargs)
         self.seen.append(operation._overloadpacket)
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         got = [each for each in tree_leaves(made) if isinstance(each, Tensor)]
         for tensor in got:
-            self._hold(tensor.untyped_storage())
+            self._hold(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         done = _work(operation, args, kwargs, made, given, got)
         if done is not None:
             self.work[self.stage] += done
         return made
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def _hold(self, storage: torch.UntypedStorage, count: int) -> None:
         key = storage._cdata
         if key in self.known:
             return
-        self.known[key] = storage.nbytes()
-        self.live += storage.nbytes()
+        self.known[key] = count
+        self.live += count
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._let_go, key).atexit = False
 
@@ -110,8 +112,8 @@ def _work(
         return None
     if packet in ATTENTION:
         return Work(attention=ATTENTION[packet](operation, args, kwargs), launches=1)
-    if packet in flop_registry:
-        flops = flop_registry[packet](*args, **kwargs, out_val=made)
+    if packet in PRODUCTS:
+        flops = PRODUCTS[packet](*args, **kwargs, out_val=made)
         return Work(attention=flops, launches=1) if packet is aten.bmm else Work(products=flops, launches=1)
     read = sum(_bytes(tensor) for tensor in (got if packet in LOOKUPS else given))
     return Work(moved=read + sum(_bytes(tensor) for tensor in got), launches=1)
@@ -155,3 +157,12 @@ def _kernels() -> Iterator[tuple[Any, Any]]:
 
 
 ATTENTION = dict(_kernels())
+
+
+def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Of experts: each row of a with the matrix of its own."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm], aten._grouped_mm: _grouped}
+"""Operation -> its cost; with what the table of PyTorch lacks."""

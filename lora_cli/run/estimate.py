@@ -1,7 +1,7 @@
 """`lora estimate`: what a run would cost, before it is paid. No weights are read, nothing is trained."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from lora_cli.analyze.devices import Device
 from lora_cli.analyze.duration import Rates, computed_pairs, seconds
 from lora_cli.analyze.memory import (
     Case,
-    Memory,
     blocks_to_recompute,
     largest,
     memory,
@@ -45,7 +44,7 @@ class Data:
     """What is known of the rows."""
 
     documents: Documents
-    order: Sequence[int]
+    order: np.ndarray
     steps: int | None
     """Of the whole run; None where nobody knows how many rows there are."""
     read: bool
@@ -65,7 +64,7 @@ class Pace:
 
 
 def estimate(
-    loaded: Loaded, screen: Screen, *, device: str | None, gpus: int, shard: bool, measure: bool
+    loaded: Loaded, screen: Screen, *, device: str | None, gpus: int, measure: bool
 ) -> dict[str, Any]:
     """Predict memory and time of a recipe, show them, and return them.
 
@@ -74,13 +73,12 @@ def estimate(
         screen: shows it.
         device: a name of `devices.GPUS`, `cpu`, or None for what this machine would train on.
         gpus: devices that share the rows of a step.
-        shard: whether they share the base as well.
         measure: this machine, for a few seconds.
 
     Raises:
         UserError: the recipe, the model's configuration or the data are wrong.
     """
-    recipe = loaded.recipe
+    recipe, shard = loaded.recipe, loaded.recipe.train.parallel == "fsdp"
     prepare.check_method(recipe)
     kind, target = _target(device, measure)
     data, tokenizer = _data(recipe)
@@ -90,14 +88,12 @@ def estimate(
     with _rehearsed(recipe, tokenizer, kind) as rehearsed:
         steps = _steps(rehearsed, data, recipe, kind, gpus)
         case = largest(rehearsed, recipe.train, steps)
-        found = memory(rehearsed, case, target)
-        found = sharded(found, rehearsed, gpus) if shard else found
+        found = sharded(memory(rehearsed, case, target), rehearsed, gpus if shard else 1)
         pace = _pace(rehearsed, case, data, steps, target, gpus, shard)
         other = _changes(rehearsed, case, target) if found.peak > target.memory else []
         report = {
             "device": target.name,
             "gpus": gpus,
-            "sharded": shard,
             "rows": "the recipe's" if data.read else "of data.max_length tokens, all learned",
             "micro_batch": {"tokens": case.rows.cells, "documents": len(case.rows.lengths)},
             "recomputed_blocks": case.recomputed,
@@ -139,7 +135,9 @@ def _data(recipe: Recipe) -> tuple[Data, Any]:
             models.load_tokenizer(recipe.model)  # says what is missing
         rows = recipe.train.batch_size
         lengths = np.full(rows, recipe.data.max_length)
-        return Data(Documents(lengths, lengths - 1), range(rows), recipe.train.max_steps, read=False), None
+        return Data(
+            Documents(lengths, lengths - 1), np.arange(rows), recipe.train.max_steps, read=False
+        ), None
     tokenizer = models.load_tokenizer(recipe.model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(str(recipe.output.dir))
@@ -256,7 +254,7 @@ def _peaks(rehearsed: Rehearsal, case: Case, device: Device) -> dict[str, float]
         found[f"base in {kind}"] = stored(now, rehearsed, kind).peak
     found["base in nf4, recompute all blocks"] = stored(everything, rehearsed, "nf4").peak
     for count in (2, 4, 8):
-        found[f"base shared by {count} devices"] = sharded(now, rehearsed, count).peak
+        found[f"train.parallel: fsdp, {count} devices"] = sharded(now, rehearsed, count).peak
     return found
 
 
@@ -283,6 +281,7 @@ MEANING = {
     "optimizer": "its memory of what trains",
     "activations": "kept for the backward pass",
     "passing": "logits, gradients of activations, blocks computed again",
+    "allocator": "holds this without use",
 }
 
 

@@ -1,10 +1,12 @@
 """Whether a run fits in the memory that is free, asked before the first step; and what is done where it does not."""
 
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
 import torch
+from accelerate import Accelerator
 
 from lora_cli import attention
 from lora_cli import model as models
@@ -23,7 +25,7 @@ from lora_cli.analyze.rehearse import Rehearsal, rehearsal
 from lora_cli.analyze.steps import Documents, steps_of
 from lora_cli.data.load import Datasets
 from lora_cli.data.pack import epoch_order
-from lora_cli.errors import ExitCode, UserError
+from lora_cli.errors import ExitCode, UnknownCostError, UserError
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import prepare
@@ -52,12 +54,7 @@ class Fitting:
 
 
 def fitted(
-    recipe: Recipe,
-    language: LanguageModel,
-    datasets: Datasets,
-    device: torch.device,
-    screen: Screen,
-    sharing: int = 1,
+    recipe: Recipe, language: LanguageModel, datasets: Datasets, accelerator: Accelerator, screen: Screen
 ) -> Fitting:
     """Do what `train.on_no_fit` says where the run would need more memory than is free.
 
@@ -66,10 +63,28 @@ def fitted(
     Raises:
         UserError: it does not fit, and is not to be tried, or cannot be made to.
     """
-    limit, examples = MARGIN * (devices.free_memory(device) + _taken(device)), datasets.train
+    device, examples = accelerator.device, datasets.train
+    limit = MARGIN * (devices.free_memory(device) / _beside(device) + _taken(device))
     longest = int(examples.lengths.max())
     if at_most(language.model, max(longest, _at_once(recipe, device, longest)), longest) < limit:
         return Fitting(recipe)
+    try:
+        return _rehearsed(recipe, language, datasets, accelerator, screen, limit)
+    except UnknownCostError as error:
+        screen.warn(f"nobody knows whether this fits: {error.what}")
+        return Fitting(recipe)
+
+
+def _rehearsed(
+    recipe: Recipe,
+    language: LanguageModel,
+    datasets: Datasets,
+    accelerator: Accelerator,
+    screen: Screen,
+    limit: float,
+) -> Fitting:
+    """The same, after a rehearsal of the largest micro-batch."""
+    device, examples = accelerator.device, datasets.train
     documents = Documents(np.asarray(examples.lengths), np.asarray(examples.trained_counts))
     target, packing = devices.of_machine(device), recipe.data.packing
     packing = attention.skips(language.model) if packing == "auto" else packing
@@ -79,6 +94,7 @@ def fitted(
         recipe.train,
         packing=packing,
         budget=token_budget(device),
+        processes=accelerator.num_processes,
     )
     with rehearsal(
         recipe,
@@ -88,8 +104,10 @@ def fitted(
         precision=prepare.precision_of(recipe, language.model, device),
     ) as rehearsed:
         case = largest(rehearsed, recipe.train, steps)
-        whole = memory(rehearsed, case, target)
-        peak = sharded(whole, rehearsed, sharing).peak if sharing > 1 else whole.peak
+        peak = memory(rehearsed, case, target).peak
+        if prepare.shares_out(recipe, accelerator):  # what is elsewhere needs no room here
+            shared = sharded(memory(rehearsed, case, target), rehearsed, accelerator.num_processes)
+            limit += peak - shared.peak
         if peak <= limit:
             return Fitting(recipe)
         needs = f"the run needs about {size(peak, 1024)}B of memory, {size(limit, 1024)}B are free"
@@ -114,6 +132,11 @@ def _taken(device: torch.device) -> float:
     if device.type == "cuda":
         return devices.of_machine(device).floor + torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
+
+
+def _beside(device: torch.device) -> int:
+    """Processes of this run that share the memory: on a CPU all of the machine."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _at_once(recipe: Recipe, device: torch.device, longest: int) -> int:

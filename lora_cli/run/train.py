@@ -56,8 +56,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
             language = prepare.load_model(recipe, accelerator)
             cache = prepare.cache_folder(folder.root)
             datasets = processes.first_alone(lambda: prepare.load_data(recipe, language.tokenizer, cache))
-            sharing = processes.size if prepare.shares_out(recipe, accelerator) else 1
-            fitting = fit.fitted(recipe, language, datasets, accelerator.device, screen, sharing)
+            fitting = fit.fitted(recipe, language, datasets, accelerator, screen)
             run = prepare.training(fitting.recipe, language, datasets, accelerator)
             fitting.apply(run)
             story = Story(recipe, screen, folder, language, datasets, run, Progress())

@@ -12,6 +12,13 @@ def blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def keep(model: nn.Module) -> None:
+    """Compute nothing again."""
+    for module in model.modules():
+        if "gradient_checkpointing" in vars(module):
+            module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
+
+
 def recompute(model: PreTrainedModel, count: int | None = None) -> None:
     """Compute so many blocks again, from the bottom; default: all.
 
