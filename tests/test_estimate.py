@@ -526,10 +526,13 @@ TABLE = [
 @pytest.mark.parametrize(("file", "dtype", "workload"), TABLE)
 def test_predictions_are_near_what_the_benchmark_measured(file, dtype, workload, tmp_path, record_property):
     """Memory within 10 %, time within 20 %; the constants were fitted on other runs."""
-    measured = json.loads((ROOT / f"scripts/bench/results/{file}.json").read_text())["workloads"][workload]
+    measured_all = json.loads((ROOT / f"scripts/bench/results/{file}.json").read_text())["workloads"]
+    measured = measured_all[workload]
     runs = [r for key in ("noise", "rounds") for pair in measured[key] for r in pair if r["system"] == "ours"]
     config = shapes.write("SmolLM2-135M", tmp_path)
-    limit, steps = measured["limit"]["flops_per_second"], runs[0]["real_tokens"][1:]
+    # One machine has one rate; those that were measured before each workload differ by 14 %.
+    limit = median(each["limit"]["flops_per_second"] for each in measured_all.values())
+    steps = runs[0]["real_tokens"][1:]
     peak, speed = predicted(config, workload, measured["facts"], steps, limit, dtype)
     took = median(r["peak_rss_bytes"] for r in runs)
     went = median(sum(r["real_tokens"][1:]) / sum(r["step_s"]) for r in runs)

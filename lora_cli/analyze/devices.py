@@ -120,7 +120,9 @@ def of_machine(device: torch.device) -> Device:
     if device.type != "cuda":
         return this_cpu()
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    known = next((gpu for key, gpu in GPUS.items() if key in name.replace("-", " ").split()), GPUS["L4"])
+    known = next((gpu for key, gpu in GPUS.items() if key in name.replace("-", " ").split()), None)
+    if known is None:  # how fast it is, `calibrate` finds out
+        return replace(GPUS["L4"], name=name, memory=memory, products={"float32": 0.0})
     return replace(known, name=name, memory=memory)
 
 
