@@ -185,6 +185,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
         Case("computed", 1),
         Case("refused", 3, told="the model has 2"),
     ),
+    "train.parallel": Case("screen", "fsdp"),
     "train.seed": Case("adapter", 1),
     "train.log_steps": Case("screen", 2),
     "train.eval_steps": Case("log", 1),

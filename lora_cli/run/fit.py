@@ -104,10 +104,9 @@ def _rehearsed(
         precision=prepare.precision_of(recipe, language.model, device),
     ) as rehearsed:
         case = largest(rehearsed, recipe.train, steps)
-        peak = memory(rehearsed, case, target).peak
-        if prepare.shares_out(recipe, accelerator):  # what is elsewhere needs no room here
-            shared = sharded(memory(rehearsed, case, target), rehearsed, accelerator.num_processes)
-            limit += peak - shared.peak
+        whole = memory(rehearsed, case, target)
+        sharing = accelerator.num_processes if prepare.shares_out(recipe, accelerator) else 1
+        peak = sharded(whole, rehearsed, sharing).peak
         if peak <= limit:
             return Fitting(recipe)
         needs = f"the run needs about {size(peak, 1024)}B of memory, {size(limit, 1024)}B are free"
