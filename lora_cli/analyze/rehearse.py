@@ -126,9 +126,29 @@ def rehearsal(
         model = models.skeleton(recipe.model, "cpu", dtype=stored, **eager)
         language = models.with_tokens(model, tokenizer, recipe.model)
         plan = plan_for(language)
-        adapter = inject(model, plan, recipe.train.seed, _statistics(plan))
-        model.train()
-        yield Rehearsal(model, adapter, optim.make(adapter, recipe.train), precision, tally)
+        with _known():
+            tally.answers = True  # to first values of adapters: whether all is finite, how large something is
+            adapter = inject(model, plan, recipe.train.seed, _statistics(plan))
+            tally.answers = False
+            model.train()
+            rehearsed = Rehearsal(model, adapter, optim.make(adapter, recipe.train), precision, tally)
+        yield rehearsed
+
+
+@contextmanager
+def _known() -> Iterator[None]:
+    """Say that code asks for numbers, or for a rule of shapes that PyTorch has not.
+
+    Raises:
+        UnknownCostError: the model's code, or a method's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # foreign code fails in its own way
+        what = f"this model cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        raise UnknownCostError(what, where="model.name", code=ExitCode.MODEL) from error
 
 
 def _statistics(plan: Plan) -> dict[str, Tensor]:
@@ -178,17 +198,8 @@ class Rehearsal:
             UserError: the model does not compute without numbers.
         """
         if (rows, recomputed) not in self.known:
-            try:
+            with _known():
                 self.known[rows, recomputed] = self._cost(rows, recomputed)
-            except UserError:
-                raise
-            except (
-                Exception
-            ) as error:  # a model's own code may ask for numbers, or for what has no shape rule
-                what = (
-                    f"this model cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
-                )
-                raise UnknownCostError(what, where="model.name", code=ExitCode.MODEL) from error
         return self.known[rows, recomputed]
 
     def _cost(self, rows: Rows, recomputed: int) -> Cost:

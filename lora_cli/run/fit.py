@@ -58,7 +58,7 @@ def fitted(
 ) -> Fitting:
     """Do what `train.on_no_fit` says where the run would need more memory than is free.
 
-    Nothing is rehearsed where a plain bound says that there is plenty. `sharing` processes share the base out.
+    Nothing is rehearsed where a plain bound says that there is plenty.
 
     Raises:
         UserError: it does not fit, and is not to be tried, or cannot be made to.
@@ -105,8 +105,8 @@ def _rehearsed(
     ) as rehearsed:
         case = largest(rehearsed, recipe.train, steps)
         whole = memory(rehearsed, case, target)
-        shared = prepare.shares_out(recipe, accelerator)
-        peak = sharded(whole, rehearsed, accelerator.num_processes).peak if shared else whole.peak
+        sharing = accelerator.num_processes if prepare.shares_out(recipe, accelerator) else 1
+        peak = sharded(whole, rehearsed, sharing).peak
         if peak <= limit:
             return Fitting(recipe)
         needs = f"the run needs about {size(peak, 1024)}B of memory, {size(limit, 1024)}B are free"
