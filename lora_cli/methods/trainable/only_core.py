@@ -8,6 +8,10 @@ needs = {
     "init.closed or init.small or init.svd_of_w": "A and B stay as they are, so neither may start at zero",
 }
 forbids = {
+    **dict.fromkeys(
+        ("rank.prilora", "lifecycle.roselora", "lifecycle.sparse_adapter"),
+        "it prunes factors that train, and A and B stay as they are",
+    ),
     "optimizer.lora_plus": "with A and B frozen there is one rate only: set train.learning_rate",
     "rank.adalora": "it weighs the gradients of A and B, which have none",
     "rank.dora_dynamic": "it keeps the columns of A and B even, which stay as they are",
