@@ -23,6 +23,7 @@ from lora_cli import attention, parts
 from lora_cli import model as models
 from lora_cli.adapter.inject import Adapter, inject
 from lora_cli.adapter.plan import Plan
+from lora_cli.adapter.quantised import Quantised
 from lora_cli.analyze.tally import Tally, Work, aten
 from lora_cli.data.example import Batch
 from lora_cli.errors import ExitCode, UnknownCostError, UserError
@@ -126,6 +127,7 @@ def rehearsal(
         model = models.skeleton(recipe.model, "cpu", dtype=stored, **eager)
         language = models.with_tokens(model, tokenizer, recipe.model)
         plan = plan_for(language)
+        _refuse_quantised(model, plan)
         with _known():
             tally.answers = True  # to first values of adapters: whether all is finite, how large something is
             adapter = inject(model, plan, recipe.train.seed, _statistics(plan))
@@ -149,6 +151,20 @@ def _known() -> Iterator[None]:
     except Exception as error:  # foreign code fails in its own way
         what = f"this model cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
         raise UnknownCostError(what, where="model.name", code=ExitCode.MODEL) from error
+
+
+def _refuse_quantised(model: torch.nn.Module, plan: Plan) -> None:
+    """Refuse codes, which cannot be made of weights without values.
+
+    Raises:
+        UserError: what to do instead.
+    """
+    if plan.method.base is not None or any(isinstance(module, Quantised) for module in model.modules()):
+        what, fix = (
+            "memory and time over a quantised base are not foretold",
+            "method lora on the plain base is a bound",
+        )
+        raise UnknownCostError(what, where="model.quantize", fix=fix)
 
 
 def _statistics(plan: Plan) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from lora_cli import attention
 from lora_cli import model as models
+from lora_cli.adapter.quantised import Quantised
 from lora_cli.analyze import devices
 from lora_cli.analyze.devices import Device
 from lora_cli.analyze.memory import (
@@ -63,6 +64,9 @@ def fitted(
     Raises:
         UserError: it does not fit, and is not to be tried, or cannot be made to.
     """
+    quantised = any(isinstance(module, Quantised) for module in language.model.modules())
+    if quantised or prepare.model_of(recipe).quantize is not None:
+        return Fitting(recipe)  # how much that takes is not foretold
     device, examples = accelerator.device, datasets.train
     limit = MARGIN * (devices.free_memory(device) / _beside(device) + _taken(device))
     longest = int(examples.lengths.max())
