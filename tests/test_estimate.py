@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -194,12 +195,33 @@ def test_one_block_of_a_kind_stands_for_all(kind, tmp_path):
                 assert few.work[stage].numbers == pytest.approx(whole.work[stage].numbers, rel=0.01)
 
 
+REHEARSED = {
+    *("adalora", "additive", "asymmetric", "cola", "delta_lora", "dora", "eva", "flora", "full", "galore"),
+    *(
+        "init_b",
+        "lora",
+        "lora_fa",
+        "lora_ga",
+        "lora_plus",
+        "milora",
+        "miss",
+        "olora",
+        "optimizer_view",
+        "pissa",
+    ),
+    *("random_projection", "relora", "rslora", "serial", "symmetric", "vera", "xgblora"),
+}
+
+
 @pytest.mark.parametrize("method", sorted(PRESETS))
-def test_every_method_can_be_rehearsed(method, tmp_path):
+def test_these_methods_can_be_rehearsed_and_the_others_say_if_they_cannot(method, tmp_path):
+    """What cannot be rehearsed trains all the same."""
     recipe = recipe_of(config_only("llama", tmp_path), {"method": method})
-    with rehearsed(recipe) as found:
-        assert found.cost(Rows((16,), 8, True)).peak > 0
-        assert found.held.adapter > 0
+    try:
+        with rehearsed(recipe) as found:
+            assert found.cost(Rows((16,), 8, True)).peak > 0
+    except UserError:  # or needs settings for a model as small as this
+        assert method not in REHEARSED
 
 
 # Bytes, by hand
@@ -397,16 +419,24 @@ def test_the_rows_of_the_recipe_are_looked_at_where_there_is_a_tokenizer(tiny_fo
     assert found["pace"]["seconds"] > 0
 
 
-def test_a_model_that_is_too_large_is_told_what_would_make_it_fit(tmp_path, capsys):
+def test_a_model_that_is_too_large_is_told_what_would_make_it_fit(tmp_path, capsys, monkeypatch):
     path = tmp_path / "recipe.yaml"
-    folder = shapes.write("Llama-3.1-8B", tmp_path / "8b")
-    path.write_text(f"model: {{name: {folder}}}\ndata: {{train: nowhere.jsonl, max_length: 2048}}\n")
+    folder = config_only("llama", tmp_path / "model", num_hidden_layers=4)
+    path.write_text(f"model: {{name: {folder}}}\ndata: {{train: nowhere.jsonl, max_length: 500}}\n")
+    peaks = estimate(load(path), Screen(), device="L4", gpus=1, measure=False)["peaks"]
+    between = (peaks["recompute nothing"] + peaks["recompute all blocks"]) / 2
+    monkeypatch.setitem(devices.GPUS, "L4", replace(devices.GPUS["L4"], memory=between))
     found = estimate(load(path), Screen(), device="L4", gpus=1, measure=False)
     assert not found["fits"]
-    assert found["memory"]["weights"] == 2 * 8_030_261_248
     assert any("gradient_checkpointing" in each["change"] for each in found["changes"])
     assert all(each["peak"] <= found["device_memory"] for each in found["changes"])
     assert "DOES NOT FIT" in capsys.readouterr().err
+
+
+def test_an_8b_llama_takes_16_gigabytes_before_anything_else(tmp_path):
+    recipe = recipe_of(shapes.write("Llama-3.1-8B", tmp_path), {"r": 16, "layers": (31,)})
+    with rehearsed(recipe, torch.bfloat16) as found:
+        assert found.held.weights == 2 * 8_030_261_248
 
 
 def test_an_unknown_device_is_refused(tmp_path):

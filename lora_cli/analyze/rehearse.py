@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -126,9 +127,31 @@ def rehearsal(
         model = models.skeleton(recipe.model, "cpu", dtype=stored, **eager)
         language = models.with_tokens(model, tokenizer, recipe.model)
         plan = plan_for(language)
-        adapter = inject(model, plan, recipe.train.seed, _statistics(plan))
-        model.train()
-        yield Rehearsal(model, adapter, optim.make(adapter, recipe.train), precision, tally)
+        with _known():
+            # First values of adapters ask whether all is finite, or how large something is, some of them until they
+            # hear what they want: yes and no by turns, and not for ever.
+            tally.answers = islice(cycle((1, 0)), 10_000)
+            adapter = inject(model, plan, recipe.train.seed, _statistics(plan))
+            tally.answers = iter(())
+            model.train()
+            rehearsed = Rehearsal(model, adapter, optim.make(adapter, recipe.train), precision, tally)
+        yield rehearsed
+
+
+@contextmanager
+def _known() -> Iterator[None]:
+    """Say that code asks for numbers, or for a rule of shapes that PyTorch has not.
+
+    Raises:
+        UnknownCostError: the model's code, or a method's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # foreign code fails in its own way
+        what = f"this model cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        raise UnknownCostError(what, where="model.name", code=ExitCode.MODEL) from error
 
 
 def _statistics(plan: Plan) -> dict[str, Tensor]:
@@ -178,17 +201,8 @@ class Rehearsal:
             UserError: the model does not compute without numbers.
         """
         if (rows, recomputed) not in self.known:
-            try:
+            with _known():
                 self.known[rows, recomputed] = self._cost(rows, recomputed)
-            except UserError:
-                raise
-            except (
-                Exception
-            ) as error:  # a model's own code may ask for numbers, or for what has no shape rule
-                what = (
-                    f"this model cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
-                )
-                raise UnknownCostError(what, where="model.name", code=ExitCode.MODEL) from error
         return self.known[rows, recomputed]
 
     def _cost(self, rows: Rows, recomputed: int) -> Cost:

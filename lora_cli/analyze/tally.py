@@ -71,12 +71,16 @@ class Tally(TorchDispatchMode):
         self.stage = ""
         self.known: dict[int, int] = {}
         """Storage -> its bytes."""
+        self.answers: Iterator[int] = iter(())
+        """What tensors without numbers say when they are asked for their only one."""
         self.seen: list[Any] = []
         """Operations, in order."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let it run, then count."""
         kwargs = kwargs or {}
+        if operation is aten._local_scalar_dense.default and (answer := next(self.answers, None)) is not None:
+            return float(answer) if args[0].is_floating_point() else answer
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         for tensor in given:  # was there before, if it was not seen to be made
             self._hold(tensor.untyped_storage(), 0)

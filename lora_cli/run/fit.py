@@ -58,7 +58,7 @@ def fitted(
 ) -> Fitting:
     """Do what `train.on_no_fit` says where the run would need more memory than is free.
 
-    Nothing is rehearsed where a plain bound says that there is plenty. `sharing` processes share the base out.
+    Nothing is rehearsed where a plain bound says that there is plenty.
 
     Raises:
         UserError: it does not fit, and is not to be tried, or cannot be made to.
