@@ -195,12 +195,33 @@ def test_one_block_of_a_kind_stands_for_all(kind, tmp_path):
                 assert few.work[stage].numbers == pytest.approx(whole.work[stage].numbers, rel=0.01)
 
 
+REHEARSED = {
+    *("adalora", "additive", "asymmetric", "cola", "delta_lora", "dora", "eva", "flora", "full", "galore"),
+    *(
+        "init_b",
+        "lora",
+        "lora_fa",
+        "lora_ga",
+        "lora_plus",
+        "milora",
+        "miss",
+        "olora",
+        "optimizer_view",
+        "pissa",
+    ),
+    *("random_projection", "relora", "rslora", "serial", "symmetric", "vera", "xgblora"),
+}
+
+
 @pytest.mark.parametrize("method", sorted(PRESETS))
-def test_every_method_can_be_rehearsed(method, tmp_path):
+def test_these_methods_can_be_rehearsed_and_the_others_say_if_they_cannot(method, tmp_path):
+    """What cannot be rehearsed trains all the same."""
     recipe = recipe_of(config_only("llama", tmp_path), {"method": method})
-    with rehearsed(recipe) as found:
-        assert found.cost(Rows((16,), 8, True)).peak > 0
-        assert found.held.adapter > 0
+    try:
+        with rehearsed(recipe) as found:
+            assert found.cost(Rows((16,), 8, True)).peak > 0
+    except UserError:  # or needs settings for a model as small as this
+        assert method not in REHEARSED
 
 
 # Bytes, by hand

@@ -71,16 +71,16 @@ class Tally(TorchDispatchMode):
         self.stage = ""
         self.known: dict[int, int] = {}
         """Storage -> its bytes."""
-        self.answers = False
-        """Whether a tensor that is asked for its only number says 1, which one without numbers cannot."""
+        self.answers: Iterator[int] = iter(())
+        """What tensors without numbers say when they are asked for their only one."""
         self.seen: list[Any] = []
         """Operations, in order."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let it run, then count."""
         kwargs = kwargs or {}
-        if self.answers and operation is aten._local_scalar_dense.default:
-            return args[0].dtype.is_floating_point or bool(args[0].dtype is torch.bool) or 1
+        if operation is aten._local_scalar_dense.default and (answer := next(self.answers, None)) is not None:
+            return float(answer) if args[0].is_floating_point() else answer
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         for tensor in given:  # was there before, if it was not seen to be made
             self._hold(tensor.untyped_storage(), 0)
