@@ -229,6 +229,12 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "adapter.lifecycle.load_balance.weight": Case(
         "adapter", {"load_balance": {"weight": 0.5}}, {**MALORA, **LONGER}
     ),
+    "adapter.delta.fourierft.seed": Case(
+        "adapter", {"fourierft": {"seed": 3}}, {"adapter.method": "fourierft", "adapter.r": 50}
+    ),
+    "adapter.delta.oft.factors": Case(
+        "adapter", {"oft": {"factors": 2}}, {"adapter.method": "oft", "adapter.r": 4}
+    ),
     "adapter.delta.lokr.factor": Case("adapter", {"lokr": {"factor": 2}}, {"adapter.method": "lokr"}),
     "adapter.delta.loretta.bond": Case("adapter", {"loretta": {"bond": 2}}, {"adapter.method": "loretta"}),
     "adapter.delta.lotr.share": Case("adapter", {"lotr": {"share": "all"}}, {"adapter.method": "lotr"}),

@@ -69,12 +69,12 @@ def apart(targets: Iterable[str], r: int, tensors: Mapping[str, Tensor], prefix:
         prefix: what these begin with.
 
     Raises:
-        ValueError: a target is another parameter, or a tensor is not made of experts of rank r.
+        ValueError: a target is another parameter or has no tensors, or a tensor is not made of experts of rank r.
     """
     targets = list(targets)
     if wrong := [name for name in targets if name.rpartition(".")[2] not in (FIRST, SECOND)]:
         raise ValueError(f"target_parameters with {wrong[0]}, which is not computed here")
-    kept = dict(tensors)
+    kept, met = dict(tensors), set[str]()
     for key, factor in tensors.items():
         ending = next((each for each in (A, B) if key.endswith(f".{each}")), None)
         module = key.removeprefix(prefix).removesuffix(f".{ending}")
@@ -89,7 +89,10 @@ def apart(targets: Iterable[str], r: int, tensors: Mapping[str, Tensor], prefix:
         # Views: E·r rows of A expert by expert; r·E columns of B with the experts running fastest.
         of = factor.view(count, r, -1) if ending == A else factor.view(-1, r, count).permute(2, 0, 1)
         del kept[key]
+        met |= {name for name in targets if _is_meant(f"{block}.{matrix}", [name])}
         kept |= {f"{prefix}{block}.{n}.{matrix}.{ending}": each.contiguous() for n, each in enumerate(of)}
+    if lost := [name for name in targets if name not in met]:
+        raise ValueError(f"target_parameters with {lost[0]}, for which it has no tensors")
     return kept
 
 
