@@ -16,6 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_cli import attention
+from lora_cli import model as models
+from lora_cli.adapter.inject import inject
+from lora_cli.adapter.quantised import Quantised
 from lora_cli.analyze import devices
 from lora_cli.analyze.duration import Rates, computed_pairs, seconds
 from lora_cli.analyze.memory import (
@@ -264,6 +267,27 @@ def test_bytes_of_a_small_gpt2_by_hand(tmp_path):
 def test_a_weight_in_nf4_takes_four_bits_and_its_scales():
     """4 bits; for each block of 64 a scale of 8 bits; for each 256 of these one of 32."""
     assert 8 * PER_WEIGHT["nf4"] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora", "loftq"])
+def test_a_quantised_base_holds_what_is_predicted(method, tmp_path):
+    folder = config_only("llama", tmp_path, hidden_size=256, intermediate_size=640, num_attention_heads=4)
+    recipe = recipe_of(folder, {"method": method, "r": 4})
+    with rehearsed(recipe, torch.bfloat16) as found:
+        predicted = memory(found, Case(Rows((16,), 8, True), several=False, recomputed=0), devices.this_cpu())
+    language = models.with_tokens(
+        models.skeleton(recipe.model, "cpu", dtype=torch.bfloat16), None, recipe.model
+    )
+    inject(language.model, prepare.plan_for(recipe, language))
+    codes = {name: module for name, module in language.model.named_modules() if isinstance(module, Quantised)}
+    plain = [
+        p for name, p in language.model.named_parameters() if "delta" not in name and "magnitude" not in name
+    ]
+    held = sum(p.nbytes for p in plain)
+    held += sum(buffer.nbytes for module in codes.values() for buffer in module.buffers())
+    assert len(codes) == 14
+    tables = 5_000 * len(codes)  # of levels, and what is padded: of each layer, whatever its size
+    assert predicted.weights - 1_000 <= held <= predicted.weights + tables
 
 
 # Floating-point operations

@@ -81,7 +81,7 @@ def memory(rehearsal: Rehearsal, case: Case, device: Device) -> Memory:
     updating = rehearsal.update_peak - held.optimizer
     if gradients + kept + passing < held.gradients + updating:  # as where a large model trains in full
         gradients, kept, passing = held.gradients, 0.0, updating
-    return Memory(
+    found = Memory(
         process=device.floor,
         weights=held.weights,
         adapter=held.adapter,
@@ -91,14 +91,22 @@ def memory(rehearsal: Rehearsal, case: Case, device: Device) -> Memory:
         passing=passing,
         allocator=device.gaps * rehearsal.cost(case.rows).kept,
     )
+    return stored(found, rehearsal, rehearsal.base) if rehearsal.base else found
 
 
 def stored(found: Memory, rehearsal: Rehearsal, kind: str) -> Memory:
     """The same with the linear layers of the blocks stored as `kind`, one of them laid out to compute with."""
-    counts = [p for block in rehearsal.blocks for p in _matrices(block)]
-    saved = sum(p.numel() * (p.element_size() - PER_WEIGHT[kind]) for p in counts)
-    largest = max((p.nbytes for p in counts), default=0)
+    matrices = _matrices(rehearsal)
+    saved = sum(p.numel() * (p.element_size() - PER_WEIGHT[kind]) for p in matrices)
+    largest = max((p.nbytes for p in matrices), default=0)
     return replace(found, weights=found.weights - saved, passing=found.passing + largest)
+
+
+def decoding(rehearsal: Rehearsal) -> float:
+    """Bytes that are read and written in a micro-batch to lay out quantised weights, forward and backward."""
+    if rehearsal.base is None:
+        return 0.0
+    return 2 * sum(p.numel() * (p.element_size() + PER_WEIGHT[rehearsal.base]) for p in _matrices(rehearsal))
 
 
 def sharded(found: Memory, rehearsal: Rehearsal, devices: int) -> Memory:
@@ -158,6 +166,7 @@ def _least(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
     return low
 
 
-def _matrices(block: nn.Module) -> Sequence[Tensor]:
+def _matrices(rehearsal: Rehearsal) -> Sequence[Tensor]:
     """What can be stored quantised."""
-    return [p for p in block.parameters() if p.ndim == 2 and not p.requires_grad]
+    held = (p for block in rehearsal.blocks for p in block.parameters())
+    return [p for p in held if p.ndim == 2 and not p.requires_grad]

@@ -8,7 +8,7 @@ so one of each kind is rehearsed, and one more of each kind that there are sever
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lora_cli import attention, parts
 from lora_cli import model as models
+from lora_cli.adapter import rules
 from lora_cli.adapter.inject import Adapter, inject
 from lora_cli.adapter.plan import Plan
 from lora_cli.adapter.quantised import Quantised
@@ -29,6 +30,7 @@ from lora_cli.analyze.tally import Tally, Work, aten
 from lora_cli.data.example import Batch
 from lora_cli.errors import ExitCode, UnknownCostError, UserError
 from lora_cli.model import LanguageModel
+from lora_cli.parts import Part
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train import optim
 from lora_cli.train.loss import Loss
@@ -128,15 +130,17 @@ def rehearsal(
         model = models.skeleton(recipe.model, "cpu", dtype=stored, **eager)
         language = models.with_tokens(model, tokenizer, recipe.model)
         plan = plan_for(language)
-        _refuse_quantised(model, plan)
+        _refuse_codes(model)
         with _known():
             # First values of adapters ask whether all is finite, or how large something is, some of them until they
             # hear what they want: yes and no by turns, and not for ever.
             tally.answers = islice(cycle((1, 0)), 10_000)
-            adapter = inject(model, plan, recipe.train.seed, _statistics(plan))
+            plain = _over_plain_weights(plan)
+            adapter = inject(model, plain, recipe.train.seed, _statistics(plain))
             tally.answers = iter(())
             model.train()
-            rehearsed = Rehearsal(model, adapter, optim.make(adapter, recipe.train), precision, tally)
+            optimizer, base = optim.make(adapter, recipe.train), plan.method.base
+            rehearsed = Rehearsal(model, adapter, optimizer, precision, tally, base.name if base else None)
         yield rehearsed
 
 
@@ -156,18 +160,25 @@ def _known() -> Iterator[None]:
         raise UnknownCostError(what, where="model.name", code=ExitCode.MODEL) from error
 
 
-def _refuse_quantised(model: torch.nn.Module, plan: Plan) -> None:
-    """Refuse codes, which cannot be made of weights without values.
+def _refuse_codes(model: torch.nn.Module) -> None:
+    """Refuse a model whose files hold codes: they cannot be made of weights without values.
 
     Raises:
-        UserError: what to do instead.
+        UnknownCostError: what to do instead.
     """
-    if plan.method.base is not None or any(isinstance(module, Quantised) for module in model.modules()):
-        what, fix = (
-            "memory and time over a quantised base are not foretold",
-            "method lora on the plain base is a bound",
-        )
-        raise UnknownCostError(what, where="model.quantize", fix=fix)
+    if any(isinstance(module, Quantised) for module in model.modules()):
+        what, fix = "its files hold codes, not weights", "estimate it for the model that they were made of"
+        raise UnknownCostError(what, where="model.name", fix=fix, code=ExitCode.MODEL)
+
+
+def _over_plain_weights(plan: Plan) -> Plan:
+    """A plan that quantises nothing, because that takes values; what codes take is counted afterwards."""
+    if plan.method.base is None:
+        return plan
+    init = plan.method.init
+    asks = "base.quantized" in rules.stated("needs", "init", init)
+    method = replace(plan.method, base=None, init=Part(name="kaiming") if asks else init)
+    return replace(plan, method=method, quantised=(), taken=False)
 
 
 def _statistics(plan: Plan) -> dict[str, Tensor]:
@@ -186,6 +197,8 @@ class Rehearsal:
     optimizer: Optimizer
     precision: torch.dtype
     tally: Tally
+    base: str | None = None
+    """What the linear layers of the blocks are quantised to; None where they are not."""
 
     def __post_init__(self) -> None:
         """Take the first update, so that gradients and the optimizer's memory are there."""

@@ -18,6 +18,7 @@ from lora_cli.analyze.duration import Rates, computed_pairs, seconds
 from lora_cli.analyze.memory import (
     Case,
     blocks_to_recompute,
+    decoding,
     largest,
     memory,
     sharded,
@@ -220,10 +221,11 @@ def _pace(
     if device.rate(kind) == 0:
         return None
     rates = Rates.of(rehearsed.cost(case.rows, case.recomputed), case.rows)
+    decoded = Work(moved=decoding(rehearsed))
     taken, work, tokens = 0.0, Work(), 0
     for step in steps:
         for rows in step:
-            done = rates.work(rows)
+            done = rates.work(rows) + decoded
             taken += seconds(done, device, kind, computed_pairs(device, rows.lengths))
             work, tokens = work + done, tokens + sum(rows.lengths)
         taken += seconds(rehearsed.update, device, kind)
@@ -250,10 +252,10 @@ def _peaks(rehearsed: Rehearsal, case: Case, device: Device) -> dict[str, float]
     everything = memory(rehearsed, replace(case, recomputed=len(rehearsed.blocks)), device)
     found = {"recompute nothing": memory(rehearsed, replace(case, recomputed=0), device).peak}
     found["recompute all blocks"] = everything.peak
-    for kind in ("int8", "nf4"):
-        found[f"base in {kind}"] = stored(now, rehearsed, kind).peak
-    found["base in nf4, recompute all blocks"] = stored(everything, rehearsed, "nf4").peak
-    for count in (2, 4, 8):
+    for kind in () if rehearsed.base else ("int8", "nf4"):
+        found[f"model.quantize: {kind}"] = stored(now, rehearsed, kind).peak
+        found[f"model.quantize: {kind}, recompute all blocks"] = stored(everything, rehearsed, kind).peak
+    for count in () if rehearsed.base else (2, 4, 8):
         found[f"train.parallel: fsdp, {count} devices"] = sharded(now, rehearsed, count).peak
     return found
 

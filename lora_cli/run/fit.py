@@ -64,9 +64,8 @@ def fitted(
     Raises:
         UserError: it does not fit, and is not to be tried, or cannot be made to.
     """
-    quantised = any(isinstance(module, Quantised) for module in language.model.modules())
-    if quantised or prepare.model_of(recipe).quantize is not None:
-        return Fitting(recipe)  # how much that takes is not foretold
+    if any(isinstance(module, Quantised) for module in language.model.modules()):
+        return Fitting(recipe)  # what codes in its files take is not foretold
     device, examples = accelerator.device, datasets.train
     limit = MARGIN * (devices.free_memory(device) / _beside(device) + _taken(device))
     longest = int(examples.lengths.max())
