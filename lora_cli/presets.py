@@ -242,7 +242,7 @@ PRESETS: dict[str, Preset] = {
     "vera": Preset(
         title="VeRA: one random, frozen pair (A, B) for all layers; two vectors a layer train",
         paper="arXiv:2310.11454",
-        when="When adapters have to be tiny: in + out numbers a layer. Wants a large r and about ten times LoRA's "
+        when="When adapters have to be tiny: r + out numbers a layer. Wants a large r and about ten times LoRA's "
         "learning rate.",
         parts={"delta": Part(name="vera"), "init": Part(name="own"), "scale": Part(name="constant")},
         keys={"r": 256},
@@ -430,7 +430,7 @@ PRESETS: dict[str, Preset] = {
         title="SVDiff: the singular values of W0 are shifted, its singular vectors stay",
         paper="arXiv:2303.11305",
         when="When a change should stay within what W0 already does: min(in, out) numbers a layer. The singular "
-        "vectors take twice the memory of W0.",
+        "vectors are twice as many numbers as W0, in float32.",
         parts={"delta": Part(name="svdiff"), "init": Part(name="own"), "scale": Part(name="constant")},
     ),
     "sam_parser": Preset(
@@ -578,7 +578,7 @@ PRESETS: dict[str, Preset] = {
     "full": Preset(
         title="Full fine-tuning: every parameter trains",
         paper="—",
-        when="The reference of every comparison; 16 bytes of memory a parameter.",
+        when="The reference of every comparison; 18 to 20 bytes of memory a parameter.",
         parts={"delta": Part(name="whole"), "init": Part(name="own"), "scale": Part(name="constant")},
         keys={"train_also": ("everything",)},
     ),

@@ -71,6 +71,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "adapter.delta": or_null(st.just("lowrank")),
     "adapter.combine": or_null(st.just("add")),
     "adapter.trainable": or_null(st.sampled_from(["all", "lora_fa"])),
+    "adapter.attention": or_null(st.just("full")),
     "adapter.rank": or_null(st.just("fixed")),
     "adapter.lifecycle": or_null(
         st.sampled_from(
@@ -172,6 +173,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "adapter.delta": PART_WRONG,
     "adapter.combine": PART_WRONG,
     "adapter.trainable": PART_WRONG,
+    "adapter.attention": PART_WRONG,
     "adapter.rank": PART_WRONG,
     "adapter.lifecycle": (
         "no_such",

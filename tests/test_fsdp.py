@@ -326,7 +326,8 @@ def test_a_base_that_is_shared_out_is_asked_for_its_share_of_the_memory(bench, t
     language = prepare.load_model(recipe, Two())
     datasets = prepare.load_data(recipe, language.tokenizer, tmp_path)
     peaks: dict[int, float] = {}
-    real, wanted = fit.sharded, torch.device("cpu")
+    whole = of(bench, "nine", train={**SHARED, "parallel": "ddp", "on_no_fit": "error"})
+    real = fit.sharded
 
     def noted(whole: Any, *rest: Any) -> Any:
         found = real(whole, *rest)
@@ -337,13 +338,13 @@ def test_a_base_that_is_shared_out_is_asked_for_its_share_of_the_memory(bench, t
     monkeypatch.setattr(fit, "_taken", lambda device: 0)
     monkeypatch.setattr(fit.devices, "free_memory", lambda device: 0)
     with pytest.raises(UserError):
-        fit.fitted(recipe, language, datasets, wanted, Screen.silent(), sharing=2)
+        fit.fitted(recipe, language, datasets, Two(), Screen.silent())
     assert peaks[2] < peaks[1]
     between = (peaks[1] + peaks[2]) / 2 / fit.MARGIN
     monkeypatch.setattr(fit.devices, "free_memory", lambda device: between)
-    assert fit.fitted(recipe, language, datasets, wanted, Screen.silent(), sharing=2).recipe == recipe
+    assert fit.fitted(recipe, language, datasets, Two(), Screen.silent()).recipe == recipe
     with pytest.raises(UserError, match="the run needs about"):
-        fit.fitted(recipe, language, datasets, wanted, Screen.silent())
+        fit.fitted(whole, language, datasets, Two(), Screen.silent())
 
 
 def test_one_process_alone_says_that_nothing_is_shared_out(bench, capsys):

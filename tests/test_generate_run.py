@@ -13,7 +13,7 @@ from lora_cli.errors import UserError
 from lora_cli.evaluate import generation
 from lora_cli.run.chat import chat
 from lora_cli.run.generate import Generation, generate
-from lora_cli.run.open import _base_of, open_model
+from lora_cli.run.open import base_of, open_model
 from lora_cli.screen import Screen
 from tests import on_disk, tiny
 
@@ -144,9 +144,9 @@ def test_another_base_is_not_asked_for_the_revision_of_the_one_it_replaces(base,
     path = run / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "revision": "a" * 40}))
     saved = {"run": files.read(run / "adapter")}
-    assert _base_of(saved, None, None, None).revision == "a" * 40
-    assert _base_of(saved, None, str(base), None).revision == "a" * 40
-    assert _base_of(saved, None, "somebody/else", None).revision is None
+    assert base_of(saved, None, None, None).revision == "a" * 40
+    assert base_of(saved, None, str(base), None).revision == "a" * 40
+    assert base_of(saved, None, "somebody/else", None).revision is None
 
 
 def test_adapters_of_different_bases_are_refused(base, tmp_path):

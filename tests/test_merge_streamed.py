@@ -39,7 +39,9 @@ def save_base(folder: Path, model: Any, dtype: str, **more: Any) -> None:
 
 def save_adapter(folder: Path, adapter: inject.Adapter, tokens: tuple[str, ...] = ()) -> None:
     with torch.no_grad():
-        for parameter in adapter.named_tensors().values():
+        for name, parameter in adapter.named_tensors().items():
+            if adapter.codes and ".fixed_" in name:
+                continue  # what was taken off W0 before it was quantised
             parameter.copy_(torch.randn_like(parameter) * 0.05 + (parameter if parameter.ndim == 1 else 0))
     (folder / "adapter").mkdir()
     files.save(folder / "adapter", adapter, str(folder / "base"), None, tokens)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli import model as models
 from lora_cli import parts
-from lora_cli.adapter import files, inject, peft_format, plan
+from lora_cli.adapter import files, inject, peft_format, plan, rules
 from lora_cli.adapter.delta import Place, Shared
 from lora_cli.adapter.plan import view_of
 from lora_cli.adapter.seed import generator_of
@@ -35,7 +35,7 @@ DELTAS = [
     for name in parts.names("delta")
     if name not in ("whole", "none")
     and getattr(parts.load("delta", name), "mergeable", True)
-    and "combine.dora" not in getattr(parts.load("delta", name), "forbids", {})
+    and "combine.dora" not in rules.stated("forbids", "delta", Part(name))
 ]
 SHIFTS = ("pissa", "milora", "olora", "symmetric", "corda", "lora_ga")
 """Starts that subtract what they add."""

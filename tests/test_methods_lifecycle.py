@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lora_cli import model as models
 from lora_cli import parts
-from lora_cli.adapter import files, inject, plan
+from lora_cli.adapter import files, inject, plan, rules
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.portable import saved_form
 from lora_cli.errors import UserError
@@ -75,7 +75,14 @@ def around_restarts(run: loop.Training, look: Callable[[], Any]) -> list[tuple[A
 
 # ---- a restart keeps the function -------------------------------------------------------------------------------
 
-STARTS = {name: {"init": name} for name in parts.names("init") if name != "own"} | {
+
+def starts_lora(name: str) -> bool:
+    """Whether an init is one of plain LoRA over a plain base."""
+    asks, refuses = (rules.stated(kind, "init", parts.Part(name)) for kind in ("needs", "forbids"))
+    return not asks and not {"delta.lowrank", rules.MERGEABLE} & set(refuses)
+
+
+STARTS = {name: {"init": name} for name in parts.names("init") if starts_lora(name)} | {
     "small": {"init": "small", "delta": "gated"},
     "two_sided": {"init": "random_projection", "delta": "two_sided"},
     "only_a": {"init": "galore", "trainable": "only_a"},

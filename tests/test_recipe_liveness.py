@@ -110,7 +110,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "model.quantize": (
         Case("adapter", "nf4"),
         Case("adapter", "none", {"adapter.method": "qlora"}),
-        Case("refused", "int8", {"adapter.method": "full"}, "quantized"),
+        Case("refused", "int8", {"adapter.lifecycle": "restart", "train.max_steps": 6}, "quantized"),
     ),
     "model.attention": (Case("screen", "eager"), Case("adapter", "eager", {"data.packing": False})),
     "model.add_tokens": Case("adapter", ["<|think|>"]),
@@ -260,6 +260,9 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     ),
     "adapter.init.lora_ga.rows": Case("adapter", {"lora_ga": {"rows": 8}}, {"adapter.init": "lora_ga"}),
     "adapter.init.lora_ga.gamma": Case("adapter", {"lora_ga": {"gamma": 4.0}}, {"adapter.init": "lora_ga"}),
+    "adapter.init.loftq.iterations": Case("adapter", {"loftq": {"iterations": 3}}, {"adapter.method": "loftq"}),
+    "adapter.init.lq.iterations": Case("adapter", {"lq": {"iterations": 1}}, {"adapter.method": "lq_lora"}),
+    "adapter.init.lqer.rows": Case("adapter", {"lqer": {"rows": 4}}, {"adapter.method": "lqer"}),
     "adapter.init.pissa.niter": Case("adapter", {"pissa": {"niter": 1}}, {"adapter.init": "pissa"}),
     "adapter.init.small.std": Case("adapter", {"small": {"std": 0.1}}, ADALORA),
     "adapter.init.symmetric.size": Case(

@@ -102,8 +102,8 @@ class Adapter:
     def absorb(self, name: str) -> None:
         """Add ΔW to the W that `move` made; its factors are remembered as long as they are smaller than W."""
         layer = self.layers[name]
+        known, factors = self.absorbed[name], layer.delta.factors()  # before W moves: some are made of it
         layer.base.set_weight(layer.merged_weight())
-        known, factors = self.absorbed[name], layer.delta.factors()
         self.absorbed[name] = None
         if known is not None and factors is not None:
             together = [*known, (factors[0].clone(), factors[1].clone())]

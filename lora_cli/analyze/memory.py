@@ -116,7 +116,7 @@ def sharded(found: Memory, rehearsal: Rehearsal, devices: int) -> Memory:
     """
     if devices == 1:
         return found
-    blocks = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in rehearsal.blocks]
+    blocks = [sum(p.nbytes for p in _frozen(rehearsal, block)) for block in rehearsal.blocks]
     away = sum(blocks) * (1 - 1 / devices)
     return replace(found, weights=found.weights - away, passing=found.passing + 2 * max(blocks, default=0))
 
@@ -168,5 +168,10 @@ def _least(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
 
 def _matrices(rehearsal: Rehearsal) -> Sequence[Tensor]:
     """What can be stored quantised."""
-    held = (p for block in rehearsal.blocks for p in block.parameters())
-    return [p for p in held if p.ndim == 2 and not p.requires_grad]
+    return [p for block in rehearsal.blocks for p in _frozen(rehearsal, block) if p.ndim == 2]
+
+
+def _frozen(rehearsal: Rehearsal, block: nn.Module) -> list[Tensor]:
+    """What a block has of the base, without what the adapter keeps frozen beside it."""
+    own = {id(p) for p in rehearsal.adapter.named_tensors().values()}
+    return [p for p in block.parameters() if not p.requires_grad and id(p) not in own]

@@ -137,6 +137,9 @@ def rehearsal(
             tally.answers = islice(cycle((1, 0)), 10_000)
             plain = _over_plain_weights(plan)
             adapter = inject(model, plain, recipe.train.seed, _statistics(plain))
+            if any(hasattr(parts.load("lifecycle", part.name), "MOVES") for part in plain.method.lifecycle):
+                for name in adapter.layers:
+                    adapter.move(name)
             tally.answers = iter(())
             model.train()
             optimizer, base = optim.make(adapter, recipe.train), plan.method.base

@@ -24,6 +24,7 @@ from lora_cli.recipe.schema import ModelRecipe, Recipe, TrainRecipe
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
 from lora_cli.train.measure import measure
+from lora_cli.train.processes import Processes
 from lora_cli.train.recompute import recompute
 from lora_cli.train.sharding import share_out
 
@@ -51,6 +52,9 @@ def check_method(recipe: Recipe) -> None:
     if method.base is not None:
         parts.load("base", method.base.name).require()
         plans.check_in_full(adapter, quantised=True)
+    if method.base is not None and recipe.model.split_experts:
+        what, fix = "experts that are taken apart stay as they are stored", "leave one of the two out"
+        raise UserError(f"{what}, and would not be quantised", where="model.split_experts", fix=fix)
     if method.base is not None and recipe.train.parallel == "fsdp":
         what, fix = "a quantised base is not shared out: each process has all of it", "leave it out"
         raise UserError(what, where="train.parallel: fsdp", fix=fix)
@@ -141,7 +145,7 @@ def training(
     plan = plan_for(recipe, language)
     check_fit(language.model, datasets)
     precision = precision_of(recipe, language.model, accelerator.device)
-    plan, statistics = _measured(plan, language, datasets, recipe.train.seed, precision)
+    plan, statistics = _measured(plan, language, datasets, recipe.train.seed, precision, accelerator)
     shared = shares_out(recipe, accelerator)
     if shared:
         files.note_signs(language.model, plan)
@@ -189,7 +193,12 @@ def _packs(recipe: Recipe, model: PreTrainedModel) -> bool:
 
 
 def _measured(
-    plan: Plan, language: LanguageModel, datasets: Datasets, seed: int, precision: torch.dtype
+    plan: Plan,
+    language: LanguageModel,
+    datasets: Datasets,
+    seed: int,
+    precision: torch.dtype,
+    accelerator: Accelerator,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """What the init asks to know, on training rows drawn by lot; it may share the ranks out anew."""
     part = plan.method.init
@@ -207,6 +216,7 @@ def _measured(
         precision=precision,
         pad_id=language.pad_id,
     )
+    Processes(accelerator).start_alike([*statistics.values()])
     if hasattr(init, "ranks"):
         plan = plans.with_ranks(plan, init.ranks({s.name: s.r for s in plan.layers}, statistics, **settings))
     return plan, statistics

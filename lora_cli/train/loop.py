@@ -101,6 +101,7 @@ class Training:
         self.lifecycles: tuple[Lifecycle, ...] = tuple(
             parts.load(axis, part.name).make(**parts.settings(axis, part)) for axis, part in chosen
         )
+        self.processes.start_alike([*self.adapter.named_tensors().values()])
         for lifecycle in self.lifecycles:
             lifecycle.setup(self)
         with self.computing():
@@ -169,7 +170,7 @@ class Training:
         """What an init asks for, on the rows of the next step."""
         # In all processes alike, should anything be dropped.
         torch.manual_seed(seed_of(self.train.seed, self.step))
-        return measure(
+        found = measure(
             kind,
             self.model,
             {name: layer.base for name, layer in self.adapter.layers.items()},
@@ -178,6 +179,8 @@ class Training:
             precision=self.precision,
             pad_id=self.pad_id,
         )
+        self.processes.start_alike([*found.values()])  # who decides by them decides the same everywhere
+        return found
 
 
 def train_steps(run: Training) -> Iterator[StepReport]:

@@ -29,10 +29,10 @@ class DoRA(Adapted):
     """‖W0‖² by rows, float32 [out]."""
 
     def __init__(self, base: Base, delta: Delta) -> None:
-        """Lengths start as those of W0, so the model starts as the base."""
+        """Lengths start as those of W0 + ΔW, which is W0 for all starts but those that make up for quantising."""
         super().__init__(base, delta)
         self.register_buffer("squares", base.weight().square().sum(1), persistent=False)
-        self.magnitude = nn.Parameter(self.squares.sqrt())
+        self.magnitude = nn.Parameter(self.norm())
 
     def forward(self, x: Tensor) -> Tensor:
         """The bias is not scaled; both terms see the same x, dropped or not."""
@@ -64,8 +64,8 @@ class DoRA(Adapted):
 
 
 def _lengths(W: Tensor) -> Tensor:
-    """By rows."""
-    return W.square().sum(1).clamp(min=SMALLEST).sqrt()
+    """By rows, added up in the same order however W lies in memory."""
+    return W.contiguous().square().sum(1).clamp(min=SMALLEST).sqrt()
 
 
 make = DoRA

@@ -17,12 +17,14 @@ from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Place
 from lora_cli.adapter.reading import Reading, rows_of
 from lora_cli.adapter.routed import uniform
+from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Section
 
 mergeable = False
 needs = {"init.routed": "its routers have to be drawn, too"}
 forbids = {
     "base.embedding": "a router cannot read token ids",
+    "base.expert": "an expert is given some of the tokens only, and not where they stand",
     "base.convolution": "a router reads tokens, not pictures",
     "lora_bias": "there is no single B to add it to",
 }
@@ -46,6 +48,7 @@ class Factors(Delta):
     def __init__(self, place: Place, pool: int) -> None:
         """`router` chooses among the a, `router_b` and `condition` among the b."""
         super().__init__(place.dropout)
+        self.name = place.name
         self.scale, self.r, self.project = place.scale, place.r, place.base.project
         width, count = place.base.in_features, pool * place.r
         self.A = nn.Parameter(torch.zeros(count, width))
@@ -71,6 +74,12 @@ class Factors(Delta):
 
     def _decide(self, x: Tensor) -> tuple[Tensor, Chosen]:
         """The document of each token of x [rows, tokens, in], and what is chosen for the documents."""
+        if x.ndim != 3:
+            what, fix = (
+                "is not given its tokens in rows, so their document is not known",
+                "adapter.exclude_modules",
+            )
+            raise UserError(what, where=self.name, fix=f"leave it out with {fix}", code=ExitCode.MODEL)
         now = self.reader.now or rows_of(torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
         if self.kept is not None and self.kept[0] is now:
             return now.document[:, -1:].expand(x.shape[:-1]), self.kept[1]
@@ -126,3 +135,10 @@ def shapes(in_features: int, out_features: int, r: int, pool: int) -> dict[str, 
     """The tensors that make up ΔW."""
     pools = {"A": (pool * r, in_features), "B": (out_features, pool * r)}
     return pools | dict.fromkeys(("router", "router_b", "condition"), (pool * r, in_features))
+
+
+def problem(in_features: int, out_features: int, r: int, pool: int) -> str | None:
+    """What keeps a layer from being adapted."""
+    return (
+        "one factor alone has no weight that a router could learn: r has to be 2 at least" if r < 2 else None
+    )

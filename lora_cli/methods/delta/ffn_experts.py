@@ -23,6 +23,7 @@ mergeable = False
 needs = {"init.routed": "a router has to be drawn, too"}
 forbids = {
     "base.embedding": "it is no layer of an MLP",
+    "base.expert": "an expert is given some of the tokens only, and not where they stand",
     "base.convolution": "it is no layer of an MLP",
     "lora_bias": "there is no single B to add it to",
 }

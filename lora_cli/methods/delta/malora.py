@@ -20,6 +20,7 @@ mergeable = False
 needs = {"init.routed": "a router has to be drawn, too"}
 forbids = {
     "base.embedding": "a router cannot read token ids",
+    "base.expert": "an expert is given some of the tokens only, and not where they stand",
     "base.convolution": "a router reads tokens, not pictures",
     "lora_bias": "there is no single B to add it to",
     "trainable.lora_fa": "it has no A",

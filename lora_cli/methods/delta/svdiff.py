@@ -1,6 +1,6 @@
 """svdiff: W = U·diag(relu(σ + d))·Vᵀ, the singular values of W0 = U·diag(σ)·Vᵀ shifted by d. arXiv:2303.11305
 
-min(in, out) numbers a layer, starting at zero, and none but they are in the file; U and V take twice the memory of
+min(in, out) numbers a layer, starting at zero, and none but they are in the file; U and V are twice the numbers of
 W0. Keep the base in the type in which it was trained with: in another it has slightly other singular vectors.
 """
 
@@ -11,6 +11,7 @@ from lora_cli.adapter.spectrum import Spectrum
 
 needs = {"init.own": "it starts at zero", "trainable.all": "it is one tensor"}
 forbids = {
+    "rank_pattern": "it has no rank",
     "lora_bias": "there is no B·A to add it to",
     "lifecycle.restart": "its directions are those of W0, and W0 would change under them",
 }

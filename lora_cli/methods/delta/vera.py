@@ -1,6 +1,6 @@
 """vera: ΔW = diag(b)·B·diag(d)·A with one random, frozen pair (A, B) for all layers; b and d train. arXiv:2310.11454
 
-in + out numbers a layer at the price of a larger r (256 and more), which costs time but no memory to train. A and B
+r + out numbers a layer at the price of a larger r (256 and more), which costs time but no memory to train. A and B
 are drawn once, on the CPU, for the widest layer; the others use their first columns and rows.
 """
 

@@ -15,6 +15,7 @@ from lora_cli.adapter.start import Start
 from lora_cli.recipe.schema import Section
 
 needs = {"delta.deep": "without its cores the model would not start as the base"}
+forbids = {"base.packed": "of weights in few bits there is no gradient"}
 measures = "gradients"
 
 

@@ -17,6 +17,7 @@ from lora_cli.recipe.schema import Section
 needs = {"base.quantized": "it starts as what quantising takes"}
 forbids = {
     "base.packed": "what quantising took is not known any more",
+    "base.convolution": "its inputs are pictures, not tokens",
     "base.embedding": "its inputs are token ids, which have no size",
 }
 measures = "inputs"

@@ -26,7 +26,7 @@ def init(delta: LowRank, start: Start, size: float) -> None:
     """Draw both, bring their product to size, and subtract it."""
     nn.init.kaiming_uniform_(delta.A, a=5**0.5, generator=start.generator)
     nn.init.kaiming_uniform_(delta.B, a=5**0.5, generator=start.generator)
-    ratio = size * start.base.weight().norm() / delta.weight().norm()
+    ratio = size * start.base.weight().norm().to(delta.A.device) / delta.weight().norm()
     delta.A.mul_(ratio.sqrt())
     delta.B.mul_(ratio.sqrt())
     delta.subtract_start()

@@ -19,6 +19,7 @@ from lora_cli.adapter.lifecycle import Lifecycle, Run
 from lora_cli.recipe.schema import Section
 
 needs = {"delta.scaled": "once A and B are frozen, b and d are what trains"}
+forbids = {"lifecycle.dropbp": "what is dropped would look as if it hardly learned"}
 
 
 class Settings(Section):

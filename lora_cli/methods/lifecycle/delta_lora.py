@@ -16,6 +16,8 @@ from lora_cli.recipe.schema import Section
 needs = {"delta.lowrank": "W moves by what B·A does"}
 forbids = {
     "dropout": "W would move by more than what was computed with",
+    "rank.prilora": "W would follow what was there before it was pruned",
+    "lifecycle.sparse_adapter": "W would follow what was there before it was pruned",
     "lifecycle.restart": "the factors that W follows would jump",
 }
 

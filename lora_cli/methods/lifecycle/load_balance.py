@@ -57,13 +57,13 @@ class LoadBalance(Lifecycle):
         """Of the tokens of this micro-batch; padding is no token."""
         device = self.counts.device
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        real = real.bool().to(device)
+        real = real.bool().to(device).flatten()
         sums: list[Tensor] = []
         for ledger, counts in zip(self.ledgers, self.counts, strict=True):
             assert ledger.probabilities is not None
             assert ledger.chosen is not None
-            counts += ledger.chosen[real].sum(0)
-            sums.append(ledger.probabilities[real].sum(0))
+            counts += ledger.chosen.flatten(0, -2)[real].sum(0)
+            sums.append(ledger.probabilities.flatten(0, -2)[real].sum(0))
             ledger.clear()
         experts = self.load.shape[1]
         total = (self.load.float() * torch.stack(sums)).sum()

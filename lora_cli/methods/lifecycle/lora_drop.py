@@ -27,6 +27,7 @@ forbids = (
         for name in ("delta_lora", "dropbp", "restart", "roselora", "sparse_adapter")
     }
     | {
+        "base.convolution": "its inputs are pictures, not tokens",
         "base.embedding": "its inputs are ids",
         "combine.optimizer_view": "it follows the factors that each layer began with",
         "optimizer.lora_fa": "its correction is of the gradient of one layer",

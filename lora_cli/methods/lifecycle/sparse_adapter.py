@@ -21,6 +21,8 @@ from lora_cli.recipe.schema import Section
 needs = {"delta.lowrank or delta.gated or delta.nested or delta.scaled": "it prunes the factors A and B"}
 forbids = {f"init.{name}": "the part of W0 that A and B stand for would be pruned" for name in SHIFTS} | {
     "optimizer.lora_fa": "its correction of the gradient would move what was pruned",
+    "lifecycle.aflora": "what is frozen has no gradient, and no score",
+    "rank.dylora": "scores would only know the components that computed in one step",
     "lifecycle.restart": "what starts anew is whole again",
     "lifecycle.dropbp": "a branch that has no gradient when scores are taken would be pruned whole",
 }

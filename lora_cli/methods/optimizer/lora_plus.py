@@ -17,6 +17,10 @@ forbids = {
     "delta.miss": "it has no A",
     "delta.vera": "its A and B are frozen",
     "delta.whole": "it has neither A nor B",
+    **{
+        f"delta.{name}": "it has no B"
+        for name in ("fourierft", "hra", "ia3", "none", "oft", "sam_parser", "spectral_rotate", "svdiff")
+    },
 }
 
 

@@ -20,6 +20,7 @@ from lora_cli.recipe.schema import Section
 needs = {"delta.lowrank or delta.gated": "it prunes the A that x meets"}
 forbids = {f"init.{name}": "the part of W0 that A stands for would be pruned" for name in SHIFTS} | {
     "init.eva": "one of both has to decide over ranks",
+    "base.convolution": "its inputs are pictures, not tokens",
     "base.embedding": "its inputs are ids, which have no norm",
     "trainable.lora_fa": "it prunes an A that trains",
     "lifecycle.restart": "a rank controller decides over a whole run, not over the piece between two restarts",
