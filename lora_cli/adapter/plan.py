@@ -236,7 +236,7 @@ def _matching(wanted: Iterable[str], names: Iterable[str], where: str) -> list[s
 def _require(matched: list[str], word: str, names: Iterable[str], where: str) -> None:
     if matched:
         return
-    endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    endings = dict.fromkeys(last for name in names if (last := name.rpartition(".")[2]) != word)
     close = parts.nearest(word.rpartition(".")[2], endings, count=3) or list(endings)
     fix = f"modules of this model end in: {', '.join(close[:12])}"
     raise UserError(f"'{word}' matches no module", where=where, fix=fix, code=ExitCode.LEARNED_NOTHING)

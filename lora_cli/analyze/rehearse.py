@@ -159,7 +159,8 @@ def _known() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # foreign code fails in its own way
-        what = f"this model cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        what = f"this model cannot be rehearsed with this method: {reason}"
         raise UnknownCostError(what, where="model.name", code=ExitCode.MODEL) from error
 
 

@@ -4,13 +4,16 @@ import json
 from typing import Any
 
 from lora_cli import __version__
+from lora_cli.adapter import rules
 from lora_cli.adapter.plan import Plan
 from lora_cli.recipe.dump import to_yaml
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train.loop import Training
 
+OWN = "It is in a format of lora's own: other tools cannot read it."
 
-def card(recipe: Recipe, run: Training, log: list[dict[str, Any]]) -> str:
+
+def card(recipe: Recipe, run: Training, log: list[dict[str, Any]], fits_peft: bool) -> str:
     """README.md: what it is, how it was made, how to use it; only what is known."""
     plan = run.adapter.plan
     steps = [line for line in log if "loss" in line]
@@ -40,11 +43,10 @@ tags: [lora, {plan.method.name}]
 {chr(10).join(facts)}
 
 ```bash
-lora generate . --prompt "..."
-lora merge . --output merged
+lora generate . --prompt "..."{_merging(plan)}
 ```
 
-It also loads with `peft.PeftModel.from_pretrained(base, folder)`.
+{_elsewhere(plan, fits_peft)}
 
 Made with lora-cli {__version__} from this recipe:
 
@@ -52,6 +54,19 @@ Made with lora-cli {__version__} from this recipe:
 {to_yaml(recipe).rstrip()}
 ```
 """
+
+
+def _merging(plan: Plan) -> str:
+    """The command, where a weight can stand for what was learned."""
+    return "\nlora merge . --output merged" if rules.is_mergeable(plan.method) else ""
+
+
+def _elsewhere(plan: Plan, fits_peft: bool) -> str:
+    """What else can read it, and over which base."""
+    if plan.method.base is not None:
+        kept = plan.method.base.name
+        return f"Its base is kept in {kept}, and made anew from the original files by every command of lora."
+    return "It also loads with `peft.PeftModel.from_pretrained(base, folder)`." if fits_peft else OWN
 
 
 def _size(plan: Plan) -> str:

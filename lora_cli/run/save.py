@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_cli import io_ops
 from lora_cli.adapter import files
 from lora_cli.adapter.inject import without_adapters
+from lora_cli.adapter.peft_format import is_peft
 from lora_cli.adapter.plan import Plan
 from lora_cli.adapter.portable import Portable, saved_form
 from lora_cli.data.load import Datasets
@@ -50,7 +51,9 @@ def adapter(
         io_ops.write_text(made / RECIPE, to_yaml(recipe))
         if recipe.data.chat_template not in ("auto", "none"):
             io_ops.write_text(made / TEMPLATE, language.tokenizer.chat_template)
-        io_ops.write_text(made / "README.md", card(recipe, run, folder.lines()))
+        with without_adapters(run.adapter):
+            fits_peft = is_peft(form.plan, run.model)
+        io_ops.write_text(made / "README.md", card(recipe, run, folder.lines(), fits_peft))
         if recipe.model.add_tokens:
             language.tokenizer.save_pretrained(made)
         _verify(made, run, form)

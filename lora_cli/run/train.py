@@ -57,6 +57,8 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
             cache = prepare.cache_folder(folder.root)
             datasets = processes.first_alone(lambda: prepare.load_data(recipe, language.tokenizer, cache))
             fitting = fit.fitted(recipe, language, datasets, accelerator, screen)
+            if quantise := prepare.model_of(recipe).quantize:
+                screen.note(f"quantising the base to {quantise}, layer by layer; some starts take minutes")
             run = prepare.training(fitting.recipe, language, datasets, accelerator)
             fitting.apply(run)
             story = Story(recipe, screen, folder, language, datasets, run, Progress())

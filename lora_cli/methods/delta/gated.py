@@ -32,6 +32,9 @@ def forbids(start: float) -> dict[str, str]:
     why = "it fills A and B, and with open gates the model would not start as the base"
     dead = "open gates start beside a B or an A of zero, and would never have a gradient alone"
     filled = {"init.small": why, "init.closed": why, "trainable.only_core": dead}
+    filled["lifecycle.restart"] = "its gates would go on as the last piece left them"
+    if start not in (0, 1):
+        filled |= dict.fromkeys(("init.loftq", "init.lqer"), f"its B·A would count {start:g} times")
     return never | (filled if start else {})
 
 

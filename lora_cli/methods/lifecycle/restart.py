@@ -130,7 +130,6 @@ class Restart(Lifecycle):
             generator = generator_of(run.train.seed, f"{name}@{run.step}")
             if isinstance(layer.delta, LowRank):
                 layer.delta.unfix()
-            layer.delta.start(generator_of(run.train.seed, f"{name} anew@{run.step}"))
             # On the CPU, where its generator is, as before the first step.
             init.init(layer.delta.cpu(), Start(layer.base, generator, measured.get(name)), **settings)
             layer.delta.to(layer.base_layer.weight.device)

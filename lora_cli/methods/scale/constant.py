@@ -9,7 +9,10 @@ from pydantic import Field
 
 from lora_cli.recipe.schema import Section
 
-forbids = {"alpha": "it would have no effect", "alpha_pattern": "it would have no effect"}
+forbids = {
+    "alpha": "the method has a scale of its own, on which it would have no effect; leave adapter.alpha out",
+    "alpha_pattern": "the method has a scale of its own; leave adapter.alpha_pattern out",
+}
 
 
 class Settings(Section):
