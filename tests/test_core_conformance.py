@@ -21,11 +21,13 @@ from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import view_of
 from lora_cli.adapter.seed import generator_of
 from lora_cli.adapter.start import Start
+from lora_cli.attention import train_with
 from lora_cli.errors import UserError
 from lora_cli.methods.base.expert import ExpertLinear
 from lora_cli.parts import Part
 from lora_cli.presets import PRESETS, Method, resolve, with_defaults
 from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
+from tests import tiny
 
 IN, OUT, R = 12, 20, 4
 LAYER = "blocks.0.layer"
@@ -440,3 +442,18 @@ def test_a_frozen_zero_factor_is_refused_with_the_reason():
     method = Method(name="lora", trainable=parts.Part("lora_fa"), init=parts.Part("zero_a"))
     with pytest.raises(UserError, match="A would stay zero for ever"):
         rules.check(method, rules.facts_of(method))
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("attention", parts.names("attention"))
+def test_outside_of_training_a_token_sees_what_the_model_lets_it(attention, model):
+    made, ids = tiny.model(model).eval(), torch.randint(5, tiny.VOCABULARY, (2, 24))
+    with torch.no_grad():
+        before = made(ids).logits
+        train_with(made, Part(attention))
+        inside = made.train()(ids).logits
+        assert torch.allclose(made.eval()(ids).logits, before, atol=1e-6)
+    assert torch.allclose(inside, before, atol=1e-6) == (attention == "full" and model == "llama")
