@@ -98,7 +98,10 @@ MERGEABLE = [name for name in PRESETS if rules.is_mergeable(presets.resolve(Adap
 def test_every_method_gives_the_same_bits_layer_by_layer_as_the_whole_model_at_once(tmp_path, method):
     kind = random.choice(["float32", "bfloat16", "float16"])
     dtype = random.choice([None, "float32", "bfloat16", "float16"])
-    model = tiny.model(random.choice(["llama", "gpt2", "qwen2"]))
+    # LongLoRA trains the embeddings, which a model with tied ends has to be asked for.
+    model = tiny.model(
+        random.choice(["llama", "qwen2"] if method == "longlora" else ["llama", "gpt2", "qwen2"])
+    )
     save_base(tmp_path, model, kind)
     save_adapter(tmp_path, planned(model.float(), method=method, **ADAPTER.get(method, {})))
     found = streamed(tmp_path, dtype)

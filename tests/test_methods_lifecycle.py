@@ -498,7 +498,7 @@ def test_delta_lora_is_the_loop_of_the_paper(kind, after):
         assert report.loss == pytest.approx(loss.item(), abs=1e-5)
     for name, W in weights(run).items():
         paper = layers[name].W + layers[name].scale * layers[name].B.detach() @ layers[name].A.detach()
-        assert distance(W, paper) <= 1e-5
+        assert distance(W, paper) <= 5e-5
         assert distance(W - W0[name], paper.double() - W0[name]) <= 1e-3
 
 
