@@ -27,6 +27,7 @@ class Rows(list[Example]):
         self.lengths = np.array([len(example.input_ids) for example in self])
         self.trained_counts = np.array([sum(example.trained) for example in self])
         self.max_id = max(max(example.input_ids) for example in self)
+        self.longest = int(self.lengths.max())
 
 
 def _example(row: dict[str, list[int]], position: int) -> Example:
