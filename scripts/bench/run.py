@@ -6,7 +6,8 @@
 Every run is a process of its own. Each round has this tool beside one or two others; a ratio is made within a round,
 and only if the machine was as fast before the one run as before the other. First the tool runs against itself, which
 says how large a ratio of nothing is. Nothing else may run. What is found is written to scripts/bench/results/ as it
-comes: numbers, table, picture.
+comes: numbers, table, picture. Pairs are added to those that are known of the same rows, model and packages; after a
+change of this tool that should show, remove the file first.
 """
 
 import argparse
@@ -71,24 +72,25 @@ class Benchmark:
             "systems": {name: title for name, (_, _, title) in SYSTEMS.items()},
             "workloads": {},
         }
-        if results.exists():  # workloads that are not measured now stay, unless they were of something else
+        if results.exists():  # what is known stays, unless it was of something else
             known = json.loads(results.read_text(encoding="utf-8"))
             if all(known[key] == self.found[key] for key in ("device", "model", "versions")):
                 self.found = known | {key: value for key, value in self.found.items() if key != "workloads"}
 
     def measure(self, workload: Workload, against: Sequence[str], pairs: int) -> None:
-        """Everything about one workload."""
+        """Everything about one workload; pairs that are known of the same rows stay, and these are added."""
         rows = workloads.write(workload, self.sources, self.rows_of(workload))
         timed = rows[workload.warmup * workload.batch_size :]
         facts = workloads.facts(timed, workload.batch_size)
-        found = self.found["workloads"][workload.name] = {
+        same = {
             **{key: getattr(workload, key) for key in ("title", "batch_size", "warmup", "timed", "tuned")},
             "facts": facts,
-            "limit": self.limit(facts),
-            "noise": [],
-            "rounds": [],
         }
-        for _ in range(min(NOISE, pairs)):
+        found = self.found["workloads"].get(workload.name)
+        if found is None or any(found[key] != value for key, value in same.items()):
+            found = {**same, "limit": self.limit(facts), "noise": [], "rounds": []}
+            self.found["workloads"][workload.name] = found
+        for _ in range(min(NOISE, pairs) - len(found["noise"])):
             self.round(workload, [OURS, OURS], found["noise"])
         quick = [name for name in against if name not in SLOW]
         slow = [name for name in against if name in SLOW]
