@@ -285,6 +285,15 @@ def test_other_recipes_in_the_folder_are_refused_before_anything_is_done(recipe,
     assert commands == []
 
 
+def test_a_comparison_that_was_refused_before_its_first_run_can_be_mended_in_place(recipe, commands):
+    with pytest.raises(UserError, match="nowhere"):
+        compare(
+            made(recipe("compare:\n  a: {}\n  b: {adapter.target_modules: [nowhere]}\n"), seeds=1), Screen()
+        )
+    mended = recipe("compare:\n  a: {}\n  b: {adapter.target_modules: [q_proj]}\n")
+    assert compare(made(mended, seeds=1), Screen())["finished"] == 2
+
+
 def test_what_is_trained_was_written_down_at_the_start(recipe, commands, monkeypatch):
     path = recipe()
     planned = made(path, seeds=1)

@@ -202,17 +202,22 @@ def _keep_recipes(plan: Plan) -> None:
     """Write down what each run trains, so that editing a recipe meanwhile changes nothing.
 
     Raises:
-        UserError: the folder holds a comparison of other recipes.
+        UserError: the folder holds runs of other recipes that have begun.
     """
-    for run in plan.runs:
-        path, text = run.beside("yaml"), to_yaml(run.recipe, only_set=True)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+    begun = [run for run in plan.runs if run.folder.exists() or run.beside("json").exists()]
+    for run in begun:
+        path = run.beside("yaml")
+        if not path.exists() or path.read_text(encoding="utf-8") != _recipe_text(run):
             what = "a comparison of other recipes is here"
             fix = "name another folder with --output, or remove this one"
             raise UserError(what, where=str(path), fix=fix, code=ExitCode.LOCKED)
     for run in plan.runs:
-        if not run.beside("yaml").exists():
-            io_ops.write_text(run.beside("yaml"), to_yaml(run.recipe, only_set=True))
+        if run not in begun:
+            io_ops.write_text(run.beside("yaml"), _recipe_text(run))
+
+
+def _recipe_text(run: Run) -> str:
+    return to_yaml(run.recipe, only_set=True)
 
 
 def _left_to_do(plan: Plan) -> tuple[list[Run], list[dict[str, Any]]]:
