@@ -56,7 +56,7 @@ class Routed(Delta):
     def expert(self, number: int) -> Tensor:
         """ΔW_n in float32 [out, in], scale included."""
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """Be zero, with a router that tells the experts apart: where it did not, all would learn the same."""
         bound = self.router.shape[1] ** -0.5
         nn.init.uniform_(self.router, -bound, bound, generator=generator)
@@ -95,9 +95,9 @@ class Experts(Routed):
         B = self.B.detach().float().chunk(self.router.shape[0], 1)[number]
         return self.scale * B @ self.down(number).detach().float()
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """B zero, as in LoRA."""
-        super().draw(generator)
+        super().start(generator)
         nn.init.zeros_(self.B)
 
 

@@ -15,11 +15,12 @@ from lora_cli.adapter.routed import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False
-needs = {"init.routed": "a router has to be drawn, too"}
+needs = {"init.own": "a router has to be drawn, too"}
 forbids = {
     "base.embedding": "a router cannot read token ids",
     "base.convolution": "a router reads tokens, not pictures",
     "lora_bias": "there is no single B to add it to",
+    "trainable.only_a": "B would stay zero for ever, and with it ΔW",
 }
 
 
@@ -45,9 +46,9 @@ class Experts(routed.Experts):
         """A_n."""
         return self.A.chunk(self.router.shape[0])[number]
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """A random."""
-        super().draw(generator)
+        super().start(generator)
         uniform(self.A, generator)
 
 

@@ -21,12 +21,13 @@ from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Section
 
 mergeable = False
-needs = {"init.routed": "its routers have to be drawn, too"}
+needs = {"init.own": "its routers have to be drawn, too"}
 forbids = {
     "base.embedding": "a router cannot read token ids",
     "base.expert": "an expert is given some of the tokens only, and not where they stand",
     "base.convolution": "a router reads tokens, not pictures",
     "lora_bias": "there is no single B to add it to",
+    "trainable.only_a": "B would stay zero for ever, and with it ΔW",
 }
 
 
@@ -121,7 +122,7 @@ class Factors(Delta):
         """There is none."""
         raise AssertionError("what depends on x is no matrix, and the rules keep it from whoever needs one")
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """As in LoRA, with routers that tell the factors apart."""
         for tensor in (self.A, self.router, self.router_b, self.condition):
             uniform(tensor, generator)

@@ -17,7 +17,7 @@ from lora_cli.adapter.routed import Experts, uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False
-needs = {"init.routed": "a router has to be drawn, too"}
+needs = {"init.own": "a router has to be drawn, too"}
 forbids = {
     "base.embedding": "a router cannot read token ids",
     "base.expert": "an expert is given some of the tokens only, and not where they stand",
@@ -63,9 +63,9 @@ class Malora(Experts):
         """P_n·S."""
         return self.P.chunk(self.router.shape[0])[number] @ self.S
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """S as A in LoRA; P so that P·S is about as large."""
-        super().draw(generator)
+        super().start(generator)
         uniform(self.S, generator)
         nn.init.normal_(self.P, std=self.P.shape[1] ** -0.5, generator=generator)
 
