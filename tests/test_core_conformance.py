@@ -42,7 +42,7 @@ BASES = {"conv2d": "convolution", "conv3d": "convolution"}
 """Kinds of layers that one file is for."""
 DTYPES = (torch.float32, torch.bfloat16)
 ALL = [name for name in parts.names("delta") if name not in ("whole", "none")]
-DELTAS = [name for name in ALL if getattr(parts.load("delta", name), "mergeable", True)]
+DELTAS = [name for name in ALL if rules.is_mergeable(Method(name="", delta=Part(name)))]
 TOGETHER = [
     name for name in ALL if name not in DELTAS and not hasattr(parts.load("delta", name).make, "expert")
 ]
@@ -235,7 +235,6 @@ def test_a_one_hot_gate_is_that_expert(delta, kind, dtype):
 def test_declared_shapes_are_the_tensors_of_the_delta(delta):
     made = delta_of(delta, base_of("linear", torch.float32))
     part = parts.load("delta", delta)
-    assert made.mergeable == (delta in DELTAS)
     shared = {key.rpartition(".")[2]: shape for key, shape in shared_shapes(delta).items()}
     found = {key: tuple(p.shape) for key, p in made.named_parameters()}
     assert part.shapes(IN, OUT, R, **settings_of(delta)) | shared == found
@@ -300,7 +299,7 @@ def test_every_init_and_every_delta_stands_in_some_start():
 def test_init_starts_at_the_base_and_every_factor_moves_within_two_steps(init, delta, kind):
     made = started(init, kind, delta)
     allowed = 1e-2 if hasattr(parts.load("delta", delta), "approximates") else 1e-6
-    matrices = [made.weight()] if made.mergeable else [made.expert(n) for n in range(len(made.router))]
+    matrices = [made.weight()] if delta in DELTAS else [made.expert(n) for n in range(len(made.router))]
     assert all(W.norm() <= allowed * base_of(kind, torch.float32).weight().norm() for W in matrices)
     trained = [p for p in made.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]

@@ -22,6 +22,7 @@ from lora_cli.adapter.start import Start
 from lora_cli.errors import UserError
 from lora_cli.methods.combine.dora import DoRA
 from lora_cli.parts import Part
+from lora_cli.presets import Method
 from lora_cli.recipe.schema import AdapterRecipe
 from tests import tiny
 from tests.adapters import ids, put_on
@@ -34,7 +35,7 @@ DELTAS = [
     name
     for name in parts.names("delta")
     if name not in ("whole", "none")
-    and getattr(parts.load("delta", name), "mergeable", True)
+    and rules.is_mergeable(Method(name="", delta=Part(name)))
     and "combine.dora" not in rules.stated("forbids", "delta", Part(name))
 ]
 SHIFTS = ("pissa", "milora", "olora", "symmetric", "corda", "lora_ga")

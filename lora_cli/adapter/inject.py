@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_cli import parts
+from lora_cli.adapter import rules
 from lora_cli.adapter.base import SIGNS, Base
 from lora_cli.adapter.delta import Delta, LowRank, Place, Shared
 from lora_cli.adapter.layer import Adapted
@@ -220,8 +221,9 @@ def refuse_unmergeable(adapter: Adapter) -> None:
     Raises:
         UserError: naming the first such layer.
     """
+    mergeable = rules.is_mergeable(adapter.plan.method)
     for name, delta in adapter.deltas.items():
-        if not delta.mergeable:
+        if not mergeable:
             raise depends_on_input(adapter.plan.method.name, name)
         if delta.shift() is not None and adapter.layers[name].base.bias is None:
             what = "cannot be merged: it adds a bias, and the layer has none that could take it (lora_bias)"

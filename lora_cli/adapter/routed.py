@@ -17,8 +17,6 @@ from lora_cli.adapter.delta import Delta, Ledger, Place
 class Routed(Delta):
     """The router g = softmax(router·x) and what its gates weigh."""
 
-    mergeable = False
-
     def __init__(self, place: Place, count: int, top: int | None = None) -> None:
         """`count` experts, of which every token gets the `top` best; None: all of them."""
         super().__init__(place.dropout)

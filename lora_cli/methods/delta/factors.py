@@ -44,8 +44,6 @@ Chosen = tuple[Tensor, Tensor, Tensor, Tensor]
 class Factors(Delta):
     """A [pool·r, in] holds the a, B [out, pool·r] the b."""
 
-    mergeable = False
-
     def __init__(self, place: Place, pool: int) -> None:
         """`router` chooses among the a, `router_b` and `condition` among the b."""
         super().__init__(place.dropout)

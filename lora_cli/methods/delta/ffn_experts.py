@@ -70,8 +70,6 @@ class Mlp:
 class Layer(Delta):
     """One layer of all experts: A is [count·r, in], B is [out, count·r]."""
 
-    mergeable = False
-
     def __init__(self, place: Place, count: int, top: int) -> None:
         """Find the MLP that the layer is of."""
         super().__init__(place.dropout)
