@@ -8,9 +8,6 @@ from torch import Tensor
 
 from lora_cli.adapter.base import Base
 
-SHIFTS = ("pissa", "milora", "olora", "corda", "lora_ga", "symmetric", "loftq", "lq", "lqer")
-"""Inits whose first B·A stands for a part of W0 that is taken off it, by them or by quantising."""
-
 
 @dataclass(frozen=True)
 class Start:
