@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Ledger, Place
+from lora_cli.adapter.start import uniform
 
 
 class Routed(Delta):
@@ -56,8 +57,7 @@ class Routed(Delta):
 
     def start(self, generator: torch.Generator) -> None:
         """Be zero, with a router that tells the experts apart: where it did not, all would learn the same."""
-        bound = self.router.shape[1] ** -0.5
-        nn.init.uniform_(self.router, -bound, bound, generator=generator)
+        uniform(self.router, generator)
 
     def weight(self) -> NoReturn:
         """There is none."""
@@ -97,9 +97,3 @@ class Experts(Routed):
         """B zero, as in LoRA."""
         super().start(generator)
         nn.init.zeros_(self.B)
-
-
-def uniform(A: Tensor, generator: torch.Generator) -> None:
-    """Fill A [rows, in] with U(-1/√in, 1/√in), as LoRA's authors do."""
-    bound = A.shape[1] ** -0.5
-    nn.init.uniform_(A, -bound, bound, generator=generator)

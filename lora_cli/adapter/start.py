@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
 
@@ -24,6 +24,11 @@ class Start:
 
     None where W0 is not to be quantised.
     """
+
+
+def uniform(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill a tensor [rows, in] with U(-1/√in, 1/√in), as LoRA's authors do."""
+    return nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
 
 
 def thin(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapter import routed
 from lora_cli.adapter.delta import Place
-from lora_cli.adapter.routed import uniform
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False

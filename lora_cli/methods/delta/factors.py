@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Place
 from lora_cli.adapter.reading import Reading, rows_of
-from lora_cli.adapter.routed import uniform
+from lora_cli.adapter.start import uniform
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Section
 

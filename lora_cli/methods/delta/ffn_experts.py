@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Ledger, Place
-from lora_cli.adapter.routed import uniform
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lora_cli.adapter.delta import Place
-from lora_cli.adapter.routed import Experts, uniform
+from lora_cli.adapter.routed import Experts
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_cli.adapter.delta import Place
-from lora_cli.adapter.routed import Experts, uniform
+from lora_cli.adapter.routed import Experts
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False

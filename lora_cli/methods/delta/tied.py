@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_cli.adapter import sharing
 from lora_cli.adapter.delta import Factored, Place, Shape
 from lora_cli.adapter.sharing import Share
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 needs = {"init.own": "its A and B are common to several layers"}
@@ -63,7 +64,7 @@ make = Tied
 
 def _kaiming(shape: Shape, generator: torch.Generator) -> Tensor:
     """As LoRA's A."""
-    return torch.empty(shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
+    return uniform(torch.empty(shape), generator)
 
 
 def shapes(in_features: int, out_features: int, r: int, **_: Any) -> dict[str, Shape]:
