@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_cli import parts
 from lora_cli.adapter import rules
@@ -296,9 +295,7 @@ def _start(
     dropout = None if base.reads_ids else _make("dropout", method.dropout)
     place = Place(base, spec.r, spec.scale, dropout, plan.lora_bias, shared, spec.name)
     delta = _make("delta", method.delta, place)
-    # Where nothing has values (a rehearsal), no start can be measured against another.
-    real = not isinstance(base.module.weight, FakeTensor)
-    rounding = _rounding(base, method.base) if spec.name in plan.quantised and real else None
+    rounding = _rounding(base, method.base) if spec.name in plan.quantised else None
     start = Start(base, generator_of(seed, spec.name), statistic, rounding)
     with torch.no_grad():
         parts.load("init", method.init.name).init(delta, start, **parts.settings("init", method.init))
@@ -337,8 +334,7 @@ def quantised(base: Base, W0: Tensor, part: Part, taken: tuple[Tensor, Tensor] |
     """What stands in the place of a plain layer with the weight W0 [out, in], float32 on the CPU."""
     made: Quantised = parts.load("base", part.name).quantise(base, remainder(W0, taken))
     made.taken = taken
-    if not isinstance(W0, FakeTensor):
-        made.error = (torch.linalg.norm(View(made).weight() - W0) / torch.linalg.norm(W0)).item()
+    made.error = (torch.linalg.norm(View(made).weight() - W0) / torch.linalg.norm(W0)).item()
     return made
 
 
