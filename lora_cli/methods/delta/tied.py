@@ -42,11 +42,9 @@ class Tied(Factored):
         """B at 0, so that the model starts as the base; v and u at 1."""
         super().__init__(place)
         self.in_features, self.out_features, r = place.base.in_features, place.base.out_features, place.r
-        keys = dict(
-            zip("AB", shared_shapes(place.name, self.in_features, self.out_features, r, share), strict=True)
-        )
-        self.A = place.shared.tensor(keys["A"], _kaiming)
-        self.B = place.shared.tensor(keys["B"], lambda shape, _: torch.zeros(shape))
+        A, B = shared_shapes(place.name, self.in_features, self.out_features, r, share)
+        self.A = place.shared.tensor(A, _kaiming)
+        self.B = place.shared.tensor(B, lambda shape, _: torch.zeros(shape))
         self.u = nn.Parameter(torch.ones(r))
         self.v = nn.Parameter(torch.ones(self.out_features))
 
