@@ -56,6 +56,11 @@ class Adapter:
         return {name: layer.delta for name, layer in self.layers.items()}
 
     @property
+    def lowrank(self) -> dict[str, LowRank]:
+        """Those of them that have one A and one B."""
+        return {name: delta for name, delta in self.deltas.items() if isinstance(delta, LowRank)}
+
+    @property
     def rows(self) -> dict[str, Rows]:
         """Embedding and head -> the rows of new tokens."""
         return {name: layer.delta for name, layer in self.ends.items() if isinstance(layer.delta, Rows)}

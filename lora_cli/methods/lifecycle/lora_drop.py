@@ -57,7 +57,7 @@ class LoRADrop(Lifecycle):
 
     def setup(self, run: Run) -> None:
         """Every layer has its own."""
-        self.deltas = {name: d for name, d in run.adapter.deltas.items() if isinstance(d, LowRank)}
+        self.deltas = run.adapter.lowrank
         self.optimizer = run.optimizer
 
     def stepped(self, run: Run) -> None:
