@@ -14,6 +14,14 @@ from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Ledger, Place
 from lora_cli.adapter.start import uniform
 
+FORBIDS = {
+    "base.embedding": "a router cannot read token ids",
+    "base.convolution": "a router reads tokens, not pictures",
+    "lora_bias": "there is no single B to add it to",
+    "trainable.only_a": "B would stay zero for ever, and with it ΔW",
+}
+"""What does not go with experts that each have a B; see `adapter/rules.py`."""
+
 
 class Routed(Delta):
     """The router g = softmax(router·x) and what its gates weigh."""

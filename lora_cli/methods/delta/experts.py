@@ -16,12 +16,7 @@ from lora_cli.recipe.schema import Section
 
 mergeable = False
 needs = {"init.own": "a router has to be drawn, too"}
-forbids = {
-    "base.embedding": "a router cannot read token ids",
-    "base.convolution": "a router reads tokens, not pictures",
-    "lora_bias": "there is no single B to add it to",
-    "trainable.only_a": "B would stay zero for ever, and with it ΔW",
-}
+forbids = routed.FORBIDS
 
 
 class Settings(Section):

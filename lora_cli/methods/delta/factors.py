@@ -16,18 +16,15 @@ from torch.nn import functional as F
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Place
 from lora_cli.adapter.reading import Reading, rows_of
+from lora_cli.adapter.routed import FORBIDS
 from lora_cli.adapter.start import uniform
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Section
 
 mergeable = False
 needs = {"init.own": "its routers have to be drawn, too"}
-forbids = {
-    "base.embedding": "a router cannot read token ids",
+forbids = FORBIDS | {
     "base.expert": "an expert is given some of the tokens only, and not where they stand",
-    "base.convolution": "a router reads tokens, not pictures",
-    "lora_bias": "there is no single B to add it to",
-    "trainable.only_a": "B would stay zero for ever, and with it ΔW",
 }
 
 

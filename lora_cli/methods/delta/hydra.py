@@ -10,18 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lora_cli.adapter.delta import Place
-from lora_cli.adapter.routed import Experts
+from lora_cli.adapter.routed import FORBIDS, Experts
 from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False
 needs = {"init.own": "a router has to be drawn, too"}
-forbids = {
-    "base.embedding": "a router cannot read token ids",
-    "base.convolution": "a router reads tokens, not pictures",
-    "lora_bias": "there is no single B to add it to",
-    "trainable.only_a": "B would stay zero for ever, and with it ΔW",
-}
+forbids = FORBIDS
 
 
 class Settings(Section):

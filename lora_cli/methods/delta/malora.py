@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_cli.adapter.delta import Place
-from lora_cli.adapter.routed import Experts
+from lora_cli.adapter.routed import FORBIDS, Experts
 from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False
 needs = {"init.own": "a router has to be drawn, too"}
-forbids = {
-    "base.embedding": "a router cannot read token ids",
+forbids = FORBIDS | {
     "base.expert": "an expert is given some of the tokens only, and not where they stand",
-    "base.convolution": "a router reads tokens, not pictures",
-    "lora_bias": "there is no single B to add it to",
     "trainable.lora_fa": "it has no A",
     "trainable.only_a": "it has no A",
     "optimizer.lora_plus": "it has no A",
