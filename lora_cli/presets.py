@@ -509,7 +509,7 @@ PRESETS: dict[str, Preset] = {
         paper="arXiv:2404.19245",
         when="For data of several kinds in one adapter. Cannot be merged, because what it adds depends on the input; "
         "`delta: {hydra: {count: 3}}` sets the number of heads.",
-        parts={"delta": Part(name="hydra"), "init": Part(name="routed")},
+        parts={"delta": Part(name="hydra"), "init": Part(name="own")},
         keys={"r": 8},
     ),
     "molora": Preset(
@@ -517,7 +517,7 @@ PRESETS: dict[str, Preset] = {
         paper="arXiv:2309.05444",
         when="As hydra_lora, where the kinds of data have little in common: every expert has an A of its own. "
         "Cannot be merged.",
-        parts={"delta": Part(name="experts", settings={"count": 10}), "init": Part(name="routed")},
+        parts={"delta": Part(name="experts", settings={"count": 10}), "init": Part(name="own")},
         keys={"r": 4},
     ),
     "mov": Preset(
@@ -525,7 +525,7 @@ PRESETS: dict[str, Preset] = {
         paper="arXiv:2309.05444",
         when="As molora with far fewer numbers: `r` is how many vectors there are. The paper puts it on keys, values "
         "and the middle of the MLP. Cannot be merged.",
-        parts={"delta": Part(name="mov"), "init": Part(name="routed"), "scale": Part(name="constant")},
+        parts={"delta": Part(name="mov"), "init": Part(name="own"), "scale": Part(name="constant")},
         keys={"r": 10},
     ),
     "malora": Preset(
@@ -534,7 +534,7 @@ PRESETS: dict[str, Preset] = {
         when="As molora with fewer numbers for as many experts, of which every token is given two. Cannot be merged.",
         parts={
             "delta": Part(name="malora"),
-            "init": Part(name="routed"),
+            "init": Part(name="own"),
             "lifecycle": (Part(name="load_balance"),),
         },
         keys={"r": 8},
@@ -544,7 +544,7 @@ PRESETS: dict[str, Preset] = {
         paper="arXiv:2402.15896",
         when="For prompts of several kinds: each is answered with a LoRA put together for it, from what stands before "
         "the first learned token. Texts that are learned whole have no prompt but their first token. Cannot be merged.",
-        parts={"delta": Part(name="factors"), "init": Part(name="routed")},
+        parts={"delta": Part(name="factors"), "init": Part(name="own")},
         keys={"r": 4},
     ),
     "mixlora_moe": Preset(
@@ -555,7 +555,7 @@ PRESETS: dict[str, Preset] = {
         "paper puts plain LoRA on attention beside it. Cannot be merged.",
         parts={
             "delta": Part(name="ffn_experts"),
-            "init": Part(name="routed"),
+            "init": Part(name="own"),
             "lifecycle": (Part(name="load_balance"),),
         },
         keys={"target_modules": r".*\.mlp\.[^.]+"},

@@ -7,11 +7,19 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_cli import model as models
-from lora_cli.adapter import files, inject, plan
+from lora_cli import parts
+from lora_cli.adapter import files, inject, plan, rules
 from lora_cli.adapter.inject import Adapter
 from lora_cli.recipe.schema import AdapterRecipe
 from tests import tiny
 
+SHIFTS = [
+    name
+    for name in parts.names("init")
+    if rules.SHIFTED in rules.of_part("init", name)
+    and "base.quantized" not in rules.stated("needs", "init", parts.Part(name))
+]
+"""Starts that subtract what they add, of a base that is not quantised."""
 TIED: dict[str, Any] = {"config": {"tie_word_embeddings": True}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama", {}),

@@ -42,7 +42,7 @@ BASES = {"conv2d": "convolution", "conv3d": "convolution"}
 """Kinds of layers that one file is for."""
 DTYPES = (torch.float32, torch.bfloat16)
 ALL = [name for name in parts.names("delta") if name not in ("whole", "none")]
-DELTAS = [name for name in ALL if getattr(parts.load("delta", name), "mergeable", True)]
+DELTAS = [name for name in ALL if rules.MERGEABLE in rules.of_part("delta", name)]
 TOGETHER = [
     name for name in ALL if name not in DELTAS and not hasattr(parts.load("delta", name).make, "expert")
 ]
@@ -235,7 +235,6 @@ def test_a_one_hot_gate_is_that_expert(delta, kind, dtype):
 def test_declared_shapes_are_the_tensors_of_the_delta(delta):
     made = delta_of(delta, base_of("linear", torch.float32))
     part = parts.load("delta", delta)
-    assert made.mergeable == (delta in DELTAS)
     shared = {key.rpartition(".")[2]: shape for key, shape in shared_shapes(delta).items()}
     found = {key: tuple(p.shape) for key, p in made.named_parameters()}
     assert part.shapes(IN, OUT, R, **settings_of(delta)) | shared == found
@@ -260,7 +259,7 @@ def goes_with(axis: str, name: str, other: str, chosen: str) -> bool:
     """Whether a part's file lets the part `chosen` of another axis stand beside it."""
     needs = [need.split(" or ") for need in rules.stated("needs", axis, Part(name))]
     asked = [options for options in needs if any(option.startswith(f"{other}.") for option in options)]
-    facts = {f"{other}.{chosen}"} | ({rules.MERGEABLE} if chosen in DELTAS else set())
+    facts = rules.of_part(other, chosen)
     forbidden = rules.stated("forbids", axis, Part(name))
     return all(facts & set(options) for options in asked) and not facts & set(forbidden)
 
@@ -300,7 +299,7 @@ def test_every_init_and_every_delta_stands_in_some_start():
 def test_init_starts_at_the_base_and_every_factor_moves_within_two_steps(init, delta, kind):
     made = started(init, kind, delta)
     allowed = 1e-2 if hasattr(parts.load("delta", delta), "approximates") else 1e-6
-    matrices = [made.weight()] if made.mergeable else [made.expert(n) for n in range(len(made.router))]
+    matrices = [made.weight()] if delta in DELTAS else [made.expert(n) for n in range(len(made.router))]
     assert all(W.norm() <= allowed * base_of(kind, torch.float32).weight().norm() for W in matrices)
     trained = [p for p in made.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
@@ -314,6 +313,13 @@ def test_init_starts_at_the_base_and_every_factor_moves_within_two_steps(init, d
                 parameter -= 0.01 * parameter.grad
                 parameter.grad = None
     assert all(not torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+
+
+@pytest.mark.parametrize("init", [init for init, *where in STARTS if where == ["lowrank", "linear"]])
+def test_an_init_says_whether_it_takes_off_w0_what_it_adds(init):
+    made = started(init)
+    asks_for_codes = "base.quantized" in rules.stated("needs", "init", Part(init))
+    assert asks_for_codes or (made.fixed_A is not None) == (rules.SHIFTED in rules.of_part("init", init))
 
 
 @pytest.mark.parametrize(("init", "delta", "kind"), [start for start in STARTS if start[2] == "linear"])

@@ -35,6 +35,7 @@ from lora_cli.analyze.memory import (
 from lora_cli.analyze.rehearse import Rows, rehearsal
 from lora_cli.analyze.steps import Documents, steps_of
 from lora_cli.analyze.tally import Tally, Work
+from lora_cli.blocks import blocks
 from lora_cli.data.example import Batch, Example
 from lora_cli.data.pack import _packed, _padded
 from lora_cli.errors import ExitCode, UserError
@@ -47,7 +48,7 @@ from lora_cli.run.folder import RunFolder
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
 from lora_cli.train.loss import _trained
-from lora_cli.train.recompute import blocks, recompute
+from lora_cli.train.recompute import recompute
 from tests import tiny
 from tests.bench import result
 from tests.training import NO_DROPOUT, training

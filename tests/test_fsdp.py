@@ -13,12 +13,13 @@ import torch
 from lora_cli import presets
 from lora_cli.adapter.inject import inject
 from lora_cli.adapter.plan import Plan
+from lora_cli.blocks import blocks
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import AdapterRecipe, Recipe
 from lora_cli.run import fit, prepare
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
-from lora_cli.train.sharding import blocks, share_out
+from lora_cli.train.sharding import share_out
 from tests import tiny
 from tests.bench import Bench, result, root_of
 from tests.forking import Forker, forker
@@ -238,13 +239,6 @@ def test_only_the_gradient_of_the_adapter_is_added_up_and_the_base_is_gathered_t
 
 def number(shown: str) -> float:
     return float(shown.replace("K", "e3").replace("M", "e6"))
-
-
-def test_blocks_are_what_is_numbered_first():
-    model = tiny.model("mixtral", num_hidden_layers=2)
-    assert blocks(model) == [*model.model.layers]
-    gpt2 = tiny.model("gpt2")
-    assert blocks(gpt2) == [*gpt2.transformer.h]
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

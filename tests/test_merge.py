@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lora_cli import model as models
 from lora_cli.adapter import files, inject
-from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.plan import Plan
 from lora_cli.adapter.portable import saved_form
 from lora_cli.errors import ExitCode, UserError
+from lora_cli.methods.delta import lowrank
 from lora_cli.presets import Method
 from lora_cli.recipe.schema import ModelRecipe
 from lora_cli.run import export as export_story
@@ -331,7 +331,7 @@ def test_an_adapter_that_does_not_name_its_base_needs_to_be_told(tmp_path, name)
 
 def test_what_no_weight_can_stand_for_is_refused_with_the_reason(tmp_path, monkeypatch):
     on_disk(tmp_path)
-    monkeypatch.setattr(LowRank, "mergeable", False)
+    monkeypatch.setattr(lowrank, "mergeable", False, raising=False)
     error = refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.MODEL)
     assert "depends on the input" in str(error)
     assert error.where.startswith("model.layers.")

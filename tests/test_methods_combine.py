@@ -311,6 +311,7 @@ def test_what_a_part_needs_and_forbids_exists(axis, name):
     known |= {
         *("base.quantized", "base.packed"),
         rules.MERGEABLE,
+        rules.SHIFTED,
         *AdapterRecipe.model_fields,
         *(f"train.{key}" for key in TrainRecipe.model_fields),
     }

@@ -24,7 +24,7 @@ from lora_cli.methods.combine.dora import DoRA
 from lora_cli.parts import Part
 from lora_cli.recipe.schema import AdapterRecipe
 from tests import tiny
-from tests.adapters import ids, put_on
+from tests.adapters import SHIFTS, ids, put_on
 from tests.test_core_conformance import LAYER, settings_of, shared_shapes
 from tests.training import distance, kept_in_the_shape_of_w
 
@@ -34,11 +34,9 @@ DELTAS = [
     name
     for name in parts.names("delta")
     if name not in ("whole", "none")
-    and getattr(parts.load("delta", name), "mergeable", True)
+    and rules.MERGEABLE in rules.of_part("delta", name)
     and "combine.dora" not in rules.stated("forbids", "delta", Part(name))
 ]
-SHIFTS = ("pissa", "milora", "olora", "symmetric", "corda", "lora_ga")
-"""Starts that subtract what they add."""
 
 
 @pytest.fixture(autouse=True)

@@ -27,15 +27,13 @@ from lora_cli.parts import Part
 from lora_cli.recipe.schema import AdapterRecipe
 from lora_cli.train.measure import measure
 from tests import tiny
-from tests.adapters import ids, put_on
+from tests.adapters import SHIFTS, ids, put_on
 from tests.training import NO_DROPOUT, Rows, distance, training
 
 R, S = 4, 0.7
 SHAPES = ((20, 12), (12, 20), (16, 16))
 """[out, in]: tall, wide, square."""
 KINDS = [(kind, shape) for kind in ("linear", "conv1d") for shape in SHAPES]
-SHIFTS = ("pissa", "milora", "olora", "symmetric", "corda", "lora_ga")
-"""Starts that subtract what they add."""
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,7 @@ def test_a_router_of_zeros_would_never_tell_the_heads_apart():
     heads = made.B.grad.chunk(3, 1)
     torch.testing.assert_close(heads[0], heads[1])
     assert torch.count_nonzero(made.router.grad) == 0
-    parts.load("init", "routed").init(made, Start(made_base(), generator_of(0, "x")))
+    parts.load("init", "own").init(made, Start(made_base(), generator_of(0, "x")))
     (made.add_to(torch.zeros(30, OUT), x) - 1).square().sum().backward()
     heads = made.B.grad.chunk(3, 1)
     assert not torch.allclose(heads[0], heads[1])

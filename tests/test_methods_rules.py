@@ -17,8 +17,8 @@ from lora_cli.run.check import check
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
 from tests import tiny
+from tests.adapters import SHIFTS
 
-SHIFTS = ("pissa", "milora", "olora", "symmetric", "corda", "lora_ga")
 MOVES_W = ("optimizer_view", "serial", "relora", "cola", "xgblora", "flora", "galore", "random_projection")
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

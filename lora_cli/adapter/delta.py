@@ -77,8 +77,6 @@ class Ledger:
 class Delta(nn.Module, ABC):
     """What is added to W0."""
 
-    mergeable = True
-    """False where ΔW depends on x, so that no single matrix stands for it."""
     compact = False
     """True where the tensors of ΔW are far smaller than its factors, so that they are what is saved."""
     in_order = False

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_cli import parts
+from lora_cli.adapter import rules
 from lora_cli.adapter.base import SIGNS, Base
 from lora_cli.adapter.delta import Delta, LowRank, Place, Shared
 from lora_cli.adapter.layer import Adapted
@@ -54,6 +54,11 @@ class Adapter:
     def deltas(self) -> dict[str, Delta]:
         """Layer name -> ΔW."""
         return {name: layer.delta for name, layer in self.layers.items()}
+
+    @property
+    def lowrank(self) -> dict[str, LowRank]:
+        """Those of them that have one A and one B."""
+        return {name: delta for name, delta in self.deltas.items() if isinstance(delta, LowRank)}
 
     @property
     def rows(self) -> dict[str, Rows]:
@@ -220,8 +225,9 @@ def refuse_unmergeable(adapter: Adapter) -> None:
     Raises:
         UserError: naming the first such layer.
     """
+    mergeable = rules.is_mergeable(adapter.plan.method)
     for name, delta in adapter.deltas.items():
-        if not delta.mergeable:
+        if not mergeable:
             raise depends_on_input(adapter.plan.method.name, name)
         if delta.shift() is not None and adapter.layers[name].base.bias is None:
             what = "cannot be merged: it adds a bias, and the layer has none that could take it (lora_bias)"
@@ -294,9 +300,7 @@ def _start(
     dropout = None if base.reads_ids else _make("dropout", method.dropout)
     place = Place(base, spec.r, spec.scale, dropout, plan.lora_bias, shared, spec.name)
     delta = _make("delta", method.delta, place)
-    # Where nothing has values (a rehearsal), no start can be measured against another.
-    real = not isinstance(base.module.weight, FakeTensor)
-    rounding = _rounding(base, method.base) if spec.name in plan.quantised and real else None
+    rounding = _rounding(base, method.base) if spec.name in plan.quantised else None
     start = Start(base, generator_of(seed, spec.name), statistic, rounding)
     with torch.no_grad():
         parts.load("init", method.init.name).init(delta, start, **parts.settings("init", method.init))
@@ -335,8 +339,7 @@ def quantised(base: Base, W0: Tensor, part: Part, taken: tuple[Tensor, Tensor] |
     """What stands in the place of a plain layer with the weight W0 [out, in], float32 on the CPU."""
     made: Quantised = parts.load("base", part.name).quantise(base, remainder(W0, taken))
     made.taken = taken
-    if not isinstance(W0, FakeTensor):
-        made.error = (torch.linalg.norm(View(made).weight() - W0) / torch.linalg.norm(W0)).item()
+    made.error = (torch.linalg.norm(View(made).weight() - W0) / torch.linalg.norm(W0)).item()
     return made
 
 

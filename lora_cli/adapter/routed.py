@@ -12,12 +12,19 @@ from torch.nn import functional as F
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Ledger, Place
+from lora_cli.adapter.start import uniform
+
+FORBIDS = {
+    "base.embedding": "a router cannot read token ids",
+    "base.convolution": "a router reads tokens, not pictures",
+    "lora_bias": "there is no single B to add it to",
+    "trainable.only_a": "B would stay zero for ever, and with it ΔW",
+}
+"""What does not go with experts that each have a B; see `adapter/rules.py`."""
 
 
 class Routed(Delta):
     """The router g = softmax(router·x) and what its gates weigh."""
-
-    mergeable = False
 
     def __init__(self, place: Place, count: int, top: int | None = None) -> None:
         """`count` experts, of which every token gets the `top` best; None: all of them."""
@@ -56,10 +63,9 @@ class Routed(Delta):
     def expert(self, number: int) -> Tensor:
         """ΔW_n in float32 [out, in], scale included."""
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """Be zero, with a router that tells the experts apart: where it did not, all would learn the same."""
-        bound = self.router.shape[1] ** -0.5
-        nn.init.uniform_(self.router, -bound, bound, generator=generator)
+        uniform(self.router, generator)
 
     def weight(self) -> NoReturn:
         """There is none."""
@@ -95,13 +101,7 @@ class Experts(Routed):
         B = self.B.detach().float().chunk(self.router.shape[0], 1)[number]
         return self.scale * B @ self.down(number).detach().float()
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """B zero, as in LoRA."""
-        super().draw(generator)
+        super().start(generator)
         nn.init.zeros_(self.B)
-
-
-def uniform(A: Tensor, generator: torch.Generator) -> None:
-    """Fill A [rows, in] with U(-1/√in, 1/√in), as LoRA's authors do."""
-    bound = A.shape[1] ** -0.5
-    nn.init.uniform_(A, -bound, bound, generator=generator)

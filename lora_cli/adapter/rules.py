@@ -2,8 +2,8 @@
 
 Both map a fact to a reason, or are functions of the part's settings that do. A fact is a chosen part, `init.zero_a`;
 `dropout`; a key of `adapter` that the recipe sets, `lora_bias`, or of `train` that it changes, `train.betas`; a kind
-of base, `base.embedding`; how it is kept, `base.quantized`, and `base.packed` where it is on disk so; or that one
-weight stands for ΔW, MERGEABLE.
+of base, `base.embedding`; how it is kept, `base.quantized`, and `base.packed` where it is on disk so; or what the
+file of a part says of it, MERGEABLE and SHIFTED.
 """
 
 from collections import Counter
@@ -18,6 +18,8 @@ from lora_cli.recipe.schema import AdapterRecipe
 
 MERGEABLE = "a mergeable delta"
 """The fact that ΔW does not depend on the input."""
+SHIFTED = "a start that stands for a part of W0"
+"""The fact that this part is taken off W0, by the init or by quantising."""
 
 
 def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterable[str] = ()) -> set[str]:
@@ -28,11 +30,14 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
         adapter: the section of the recipe, for the keys that it sets.
         bases: kinds of the layers to be adapted.
     """
-    facts = {f"{axis}.{part.name}" for axis, chosen in method.chosen().items() for part in chosen}
+    facts = {
+        fact
+        for axis, chosen in method.chosen().items()
+        for part in chosen
+        for fact in of_part(axis, part.name)
+    }
     if method.dropout.settings.get("p"):
         facts.add("dropout")
-    if is_mergeable(method):
-        facts.add(MERGEABLE)
     if method.base is not None:
         facts.add("base.quantized")
     if adapter is not None:
@@ -40,9 +45,19 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
     return facts | {f"base.{kind}" for kind in bases}
 
 
+def of_part(axis: str, name: str) -> set[str]:
+    """What is known where a part is chosen."""
+    facts, file = {f"{axis}.{name}"}, parts.load(axis, name)
+    if axis == "delta" and getattr(file, "mergeable", True):
+        facts.add(MERGEABLE)
+    if getattr(file, "shifts", False):
+        facts.add(SHIFTED)
+    return facts
+
+
 def is_mergeable(method: Method) -> bool:
     """Whether one weight stands for ΔW, whatever the input."""
-    return getattr(parts.load("delta", method.delta.name), "mergeable", True)
+    return MERGEABLE in of_part("delta", method.delta.name)
 
 
 def check(method: Method, facts: Collection[str]) -> None:

@@ -4,12 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
-
-SHIFTS = ("pissa", "milora", "olora", "corda", "lora_ga", "symmetric", "loftq", "lq", "lqer")
-"""Inits whose first B·A stands for a part of W0 that is taken off it, by them or by quantising."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,11 @@ class Start:
 
     None where W0 is not to be quantised.
     """
+
+
+def uniform(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill a tensor [rows, in] with U(-1/√in, 1/√in), as LoRA's authors do."""
+    return nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
 
 
 def thin(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:

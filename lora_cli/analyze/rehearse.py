@@ -27,6 +27,7 @@ from lora_cli.adapter.inject import Adapter, inject
 from lora_cli.adapter.plan import Plan
 from lora_cli.adapter.quantised import Quantised
 from lora_cli.analyze.tally import Tally, Work, aten
+from lora_cli.blocks import blocks
 from lora_cli.data.example import Batch
 from lora_cli.errors import ExitCode, UnknownCostError, UserError
 from lora_cli.model import LanguageModel
@@ -34,7 +35,7 @@ from lora_cli.parts import Part
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train import optim
 from lora_cli.train.loss import Loss
-from lora_cli.train.recompute import blocks, keep, recompute
+from lora_cli.train.recompute import keep, recompute
 
 NAME = "lora_rehearsed"
 BENDING = {aten.tanh, aten.clamp, aten.sigmoid}

@@ -2,14 +2,9 @@
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_cli.blocks import blocks
 from lora_cli.errors import ExitCode, UserError
-
-
-def blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The blocks of a model that can be computed again, from the bottom."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def keep(model: nn.Module) -> None:
@@ -41,4 +36,4 @@ def recompute(model: PreTrainedModel, count: int | None = None) -> None:
         what, fix = f"{count} blocks are to be computed again, the model has {len(found)}", "true means all"
         raise UserError(what, where="train.gradient_checkpointing", fix=fix, code=ExitCode.MODEL)
     for block in found[count:]:
-        block.gradient_checkpointing = False
+        block.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]

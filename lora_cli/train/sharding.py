@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lora_cli.adapter.inject import Adapter
+from lora_cli.blocks import blocks
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.train.processes import others_alive
 
@@ -91,13 +92,3 @@ def _refuse_codes(model: nn.Module) -> None:
                 "train.parallel: ddp",
             )
             raise UserError(what, where="train.parallel: fsdp", fix=fix, code=ExitCode.MODEL)
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: modules whose name ends in its only number."""
-    numbered = ((name.split("."), module) for name, module in model.named_modules())
-    return [
-        module
-        for pieces, module in numbered
-        if pieces[-1].isdigit() and sum(piece.isdigit() for piece in pieces) == 1
-    ]

@@ -11,16 +11,12 @@ from torch import Tensor, nn
 
 from lora_cli.adapter import routed
 from lora_cli.adapter.delta import Place
-from lora_cli.adapter.routed import uniform
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False
-needs = {"init.routed": "a router has to be drawn, too"}
-forbids = {
-    "base.embedding": "a router cannot read token ids",
-    "base.convolution": "a router reads tokens, not pictures",
-    "lora_bias": "there is no single B to add it to",
-}
+needs = {"init.own": "a router has to be drawn, too"}
+forbids = routed.FORBIDS
 
 
 class Settings(Section):
@@ -45,9 +41,9 @@ class Experts(routed.Experts):
         """A_n."""
         return self.A.chunk(self.router.shape[0])[number]
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """A random."""
-        super().draw(generator)
+        super().start(generator)
         uniform(self.A, generator)
 
 

@@ -16,17 +16,15 @@ from torch.nn import functional as F
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Place
 from lora_cli.adapter.reading import Reading, rows_of
-from lora_cli.adapter.routed import uniform
+from lora_cli.adapter.routed import FORBIDS
+from lora_cli.adapter.start import uniform
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Section
 
 mergeable = False
-needs = {"init.routed": "its routers have to be drawn, too"}
-forbids = {
-    "base.embedding": "a router cannot read token ids",
+needs = {"init.own": "its routers have to be drawn, too"}
+forbids = FORBIDS | {
     "base.expert": "an expert is given some of the tokens only, and not where they stand",
-    "base.convolution": "a router reads tokens, not pictures",
-    "lora_bias": "there is no single B to add it to",
 }
 
 
@@ -42,8 +40,6 @@ Chosen = tuple[Tensor, Tensor, Tensor, Tensor]
 
 class Factors(Delta):
     """A [pool·r, in] holds the a, B [out, pool·r] the b."""
-
-    mergeable = False
 
     def __init__(self, place: Place, pool: int) -> None:
         """`router` chooses among the a, `router_b` and `condition` among the b."""
@@ -121,7 +117,7 @@ class Factors(Delta):
         """There is none."""
         raise AssertionError("what depends on x is no matrix, and the rules keep it from whoever needs one")
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """As in LoRA, with routers that tell the factors apart."""
         for tensor in (self.A, self.router, self.router_b, self.condition):
             uniform(tensor, generator)

@@ -16,16 +16,17 @@ from torch.nn import functional as F
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Delta, Ledger, Place
-from lora_cli.adapter.routed import uniform
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False
-needs = {"init.routed": "a router has to be drawn, too"}
+needs = {"init.own": "a router has to be drawn, too"}
 forbids = {
     "base.embedding": "it is no layer of an MLP",
     "base.expert": "an expert is given some of the tokens only, and not where they stand",
     "base.convolution": "it is no layer of an MLP",
     "lora_bias": "there is no single B to add it to",
+    "trainable.only_a": "B would stay zero for ever, and with it ΔW",
 }
 
 
@@ -69,8 +70,6 @@ class Mlp:
 class Layer(Delta):
     """One layer of all experts: A is [count·r, in], B is [out, count·r]."""
 
-    mergeable = False
-
     def __init__(self, place: Place, count: int, top: int) -> None:
         """Find the MLP that the layer is of."""
         super().__init__(place.dropout)
@@ -96,7 +95,7 @@ class Layer(Delta):
         """There is none."""
         raise AssertionError("what depends on x is no matrix, and the rules keep it from whoever needs one")
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """As in LoRA."""
         uniform(self.A, generator)
         nn.init.zeros_(self.B)
@@ -130,9 +129,9 @@ class Closing(Layer):
         weights = mlp.weights.to(each[0].dtype).unbind(-1)
         return torch.stack([weight[..., None] * y for weight, y in zip(weights, each, strict=True)]).sum(0)
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """The router, too."""
-        super().draw(generator)
+        super().start(generator)
         uniform(self.router, generator)
 
 

@@ -4,13 +4,12 @@ Twice LoRA's numbers at the same r, and with r = 4 a rank of up to 16. ΔW is ma
 a step costs more than LoRA's, the more the larger the layer.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from lora_cli.adapter.delta import Place, Shape
 from lora_cli.adapter.dense import Dense
+from lora_cli.adapter.start import uniform
 
 needs = {"init.own": "it has two pairs of factors, of which one starts at zero"}
 forbids = {
@@ -37,7 +36,7 @@ class LoHa(Dense):
     def start(self, generator: torch.Generator) -> None:
         """Kaiming-uniform, but A2 at zero."""
         for key in ("A1", "B1", "B2"):
-            nn.init.kaiming_uniform_(self.get_parameter(key), a=math.sqrt(5), generator=generator)
+            uniform(self.get_parameter(key), generator)
         nn.init.zeros_(self.get_parameter("A2"))
 
     def tensors(self) -> tuple[Tensor, ...]:

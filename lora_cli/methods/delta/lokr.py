@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lora_cli.adapter.delta import Delta, Place, Shape
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 needs = {"init.own": "W1 starts at zero, and W2 may not"}
@@ -52,7 +53,7 @@ class LoKr(Delta):
         """W1 at zero, W2 or its factors kaiming-uniform."""
         for key, parameter in self.named_parameters():
             if key != "W1":
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+                uniform(parameter, generator)
         nn.init.zeros_(self.get_parameter("W1"))
 
     def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:

@@ -43,11 +43,9 @@ class LoTR(Factored):
         """G at 0, so that the model starts as the base."""
         super().__init__(place)
         self.in_features, self.out_features, r = place.base.in_features, place.base.out_features, place.r
-        keys = dict(
-            zip("LR", shared_shapes(place.name, self.in_features, self.out_features, r, share), strict=True)
-        )
-        self.L = place.shared.tensor(keys["L"], _normal)
-        self.R = place.shared.tensor(keys["R"], _normal)
+        L, R = shared_shapes(place.name, self.in_features, self.out_features, r, share)
+        self.L = place.shared.tensor(L, _normal)
+        self.R = place.shared.tensor(R, _normal)
         self.G = nn.Parameter(torch.zeros(r, r))
 
     def up(self) -> Tensor:

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_cli.adapter.delta import Place
-from lora_cli.adapter.routed import Experts, uniform
+from lora_cli.adapter.routed import FORBIDS, Experts
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 mergeable = False
-needs = {"init.routed": "a router has to be drawn, too"}
-forbids = {
-    "base.embedding": "a router cannot read token ids",
+needs = {"init.own": "a router has to be drawn, too"}
+forbids = FORBIDS | {
     "base.expert": "an expert is given some of the tokens only, and not where they stand",
-    "base.convolution": "a router reads tokens, not pictures",
-    "lora_bias": "there is no single B to add it to",
     "trainable.lora_fa": "it has no A",
     "trainable.only_a": "it has no A",
     "optimizer.lora_plus": "it has no A",
@@ -63,9 +61,9 @@ class Malora(Experts):
         """P_n·S."""
         return self.P.chunk(self.router.shape[0])[number] @ self.S
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """S as A in LoRA; P so that P·S is about as large."""
-        super().draw(generator)
+        super().start(generator)
         uniform(self.S, generator)
         nn.init.normal_(self.P, std=self.P.shape[1] ** -0.5, generator=generator)
 

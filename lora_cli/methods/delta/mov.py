@@ -13,7 +13,7 @@ from lora_cli.adapter.routed import Routed
 
 mergeable = False
 needs = {
-    "init.routed": "a router has to be drawn, too",
+    "init.own": "a router has to be drawn, too",
     "scale.constant": "nothing grows with the number of vectors: their weights add up to 1",
 }
 forbids = {
@@ -54,9 +54,9 @@ class Mov(Routed):
         """s·diag(V_n)·W0."""
         return self.scale * self.V.detach().float()[:, number, None] * self.base.weight()
 
-    def draw(self, generator: torch.Generator) -> None:
+    def start(self, generator: torch.Generator) -> None:
         """Nothing is stretched."""
-        super().draw(generator)
+        super().start(generator)
         nn.init.zeros_(self.V)
 
 

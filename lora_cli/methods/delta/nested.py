@@ -5,10 +5,10 @@ of it.
 """
 
 from lora_cli.adapter.nested import Nested
-from lora_cli.adapter.start import SHIFTS
 
 needs = {"rank.dylora": "nothing else chooses b, and with all components it is `lowrank`"}
-forbids = {f"init.{name}": "what is taken off W0 would be that of one b only" for name in SHIFTS} | {
+forbids = {
+    "a start that stands for a part of W0": "what is taken off W0 would be that of one b only",
     "init.own": "A and B would both be zero, from where no step leads",
     "combine.dora": "its lengths would be those of one b only",
 }

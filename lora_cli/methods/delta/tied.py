@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_cli.adapter import sharing
 from lora_cli.adapter.delta import Factored, Place, Shape
 from lora_cli.adapter.sharing import Share
+from lora_cli.adapter.start import uniform
 from lora_cli.recipe.schema import Section
 
 needs = {"init.own": "its A and B are common to several layers"}
@@ -41,11 +42,9 @@ class Tied(Factored):
         """B at 0, so that the model starts as the base; v and u at 1."""
         super().__init__(place)
         self.in_features, self.out_features, r = place.base.in_features, place.base.out_features, place.r
-        keys = dict(
-            zip("AB", shared_shapes(place.name, self.in_features, self.out_features, r, share), strict=True)
-        )
-        self.A = place.shared.tensor(keys["A"], _kaiming)
-        self.B = place.shared.tensor(keys["B"], lambda shape, _: torch.zeros(shape))
+        A, B = shared_shapes(place.name, self.in_features, self.out_features, r, share)
+        self.A = place.shared.tensor(A, _kaiming)
+        self.B = place.shared.tensor(B, lambda shape, _: torch.zeros(shape))
         self.u = nn.Parameter(torch.ones(r))
         self.v = nn.Parameter(torch.ones(self.out_features))
 
@@ -63,7 +62,7 @@ make = Tied
 
 def _kaiming(shape: Shape, generator: torch.Generator) -> Tensor:
     """As LoRA's A."""
-    return torch.empty(shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
+    return uniform(torch.empty(shape), generator)
 
 
 def shapes(in_features: int, out_features: int, r: int, **_: Any) -> dict[str, Shape]:

@@ -6,7 +6,7 @@ The model starts as the base; in the first step only the middle has a gradient.
 from torch import nn
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start
+from lora_cli.adapter.start import Start, uniform
 
 needs = {"delta.gated or delta.core": "without a middle of zero the model would not start as the base"}
 
@@ -14,6 +14,8 @@ needs = {"delta.gated or delta.core": "without a middle of zero the model would 
 def init(delta: LowRank, start: Start) -> None:
     """Uniform, each by the number of its inputs; that of an embedding is one-hot, one a token."""
     delta.start(start.generator)
-    for factor in (delta.A, delta.B):
-        bound = 1.0 if delta.reads_ids and factor is delta.A else factor.shape[1] ** -0.5
-        nn.init.uniform_(factor, -bound, bound, generator=start.generator)
+    if delta.reads_ids:
+        nn.init.uniform_(delta.A, -1.0, 1.0, generator=start.generator)
+    else:
+        uniform(delta.A, start.generator)
+    uniform(delta.B, start.generator)

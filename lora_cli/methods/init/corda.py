@@ -19,6 +19,7 @@ forbids = {
     "base.convolution": "the covariance of its patches is not measured",
 }
 measures = "inputs"
+shifts = True
 
 
 class Settings(Section):

@@ -3,12 +3,10 @@
 The model starts as the base. The default; nothing to tune.
 """
 
-import math
-
 from torch import nn
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start
+from lora_cli.adapter.start import Start, uniform
 
 
 def init(delta: LowRank, start: Start) -> None:
@@ -17,5 +15,5 @@ def init(delta: LowRank, start: Start) -> None:
         nn.init.zeros_(delta.A)
         nn.init.normal_(delta.B, generator=start.generator)
         return
-    nn.init.kaiming_uniform_(delta.A, a=math.sqrt(5), generator=start.generator)
+    uniform(delta.A, start.generator)
     nn.init.zeros_(delta.B)

@@ -17,6 +17,7 @@ from lora_cli.recipe.schema import Section
 needs = {"base.quantized": "it starts as what quantising takes"}
 forbids = {"base.packed": "what quantising took is not known any more"}
 approximates = True
+shifts = True
 
 
 class Settings(Section):

@@ -15,6 +15,7 @@ from lora_cli.recipe.schema import Section
 
 forbids = {"base.packed": "of weights in few bits there is no gradient"}
 measures = "gradients"
+shifts = True
 
 
 class Settings(Section):

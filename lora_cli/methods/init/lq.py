@@ -16,6 +16,7 @@ from lora_cli.recipe.schema import Section
 
 needs = {"base.quantized": "without it nothing is left to be made up for: see pissa"}
 forbids = {"base.packed": "what quantising took is not known any more"}
+shifts = True
 
 
 class Settings(Section):

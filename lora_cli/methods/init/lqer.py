@@ -22,6 +22,7 @@ forbids = {
 }
 measures = "inputs"
 approximates = True
+shifts = True
 
 
 class Settings(Section):

@@ -8,6 +8,8 @@ import torch
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 
+shifts = True
+
 
 def init(delta: LowRank, start: Start) -> None:
     """BᵀB = I; A is upper-trapezoidal. s·B·A is subtracted."""

@@ -3,13 +3,10 @@
 So the model starts as the base, and none of them is where it could not learn.
 """
 
-import math
-
 import torch
-from torch import nn
 
 from lora_cli.adapter.delta import Delta
-from lora_cli.adapter.start import Start
+from lora_cli.adapter.start import Start, uniform
 
 needs = {"delta.hra": "the others have no reflections"}
 
@@ -18,5 +15,5 @@ def init(delta: Delta, start: Start) -> None:
     """Each row of U twice, from U(-1/√in, 1/√in)."""
     U = delta.get_parameter("U")
     drawn = torch.empty(U.shape[0] // 2, U.shape[1])
-    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=start.generator)
+    uniform(drawn, start.generator)
     U.copy_(drawn.repeat_interleave(2, 0))

@@ -13,6 +13,8 @@ from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.start import Start
 from lora_cli.recipe.schema import Section
 
+shifts = True
+
 
 class Settings(Section):
     """Settings in a recipe: `{pissa: {niter: 16}}`."""

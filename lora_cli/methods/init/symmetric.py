@@ -7,11 +7,12 @@ that it fits the original base: it is saved as LoRA of rank 2r.
 from typing import Annotated
 
 from pydantic import Field
-from torch import nn
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start
+from lora_cli.adapter.start import Start, uniform
 from lora_cli.recipe.schema import Section
+
+shifts = True
 
 
 class Settings(Section):
@@ -24,8 +25,8 @@ class Settings(Section):
 
 def init(delta: LowRank, start: Start, size: float) -> None:
     """Draw both, bring their product to size, and subtract it."""
-    nn.init.kaiming_uniform_(delta.A, a=5**0.5, generator=start.generator)
-    nn.init.kaiming_uniform_(delta.B, a=5**0.5, generator=start.generator)
+    uniform(delta.A, start.generator)
+    uniform(delta.B, start.generator)
     ratio = size * start.base.weight().norm().to(delta.A.device) / delta.weight().norm()
     delta.A.mul_(ratio.sqrt())
     delta.B.mul_(ratio.sqrt())

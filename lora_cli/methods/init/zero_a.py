@@ -4,15 +4,13 @@ The model starts as the base, and the first step moves A instead of B. The paper
 because it stands larger learning rates.
 """
 
-import math
-
 from torch import nn
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start
+from lora_cli.adapter.start import Start, uniform
 
 
 def init(delta: LowRank, start: Start) -> None:
     """Zero A, fill B."""
     nn.init.zeros_(delta.A)
-    nn.init.kaiming_uniform_(delta.B, a=math.sqrt(5), generator=start.generator)
+    uniform(delta.B, start.generator)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapter.lifecycle import Lifecycle, Run
 from lora_cli.adapter.seed import generator_of
+from lora_cli.blocks import blocks
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Section
 
@@ -47,8 +48,8 @@ class DropBP(Lifecycle):
 
     def setup(self, run: Run) -> None:
         """Find the branches, watch them, and draw those of the first step."""
-        blocks = blocks_of(run.adapter.model)
-        self.branches = [branch for block in blocks for branch in branches_of(block)]
+        found = blocks(run.adapter.model)
+        self.branches = [branch for block in found for branch in branches_of(block)]
         self.learning = torch.tensor([_learns(branch) for branch in self.branches], dtype=torch.bool)
         if not self.learning.any():
             raise _unfit("no residual branch with trained tensors was found")
@@ -56,7 +57,7 @@ class DropBP(Lifecycle):
             branch.register_forward_pre_hook(self._enter)
             branch.register_forward_hook(self._leave, always_call=True)
         self.dropped = torch.ones(len(self.branches), dtype=torch.bool)
-        if not _flows_past(run.adapter.model, blocks[0]):
+        if not _flows_past(run.adapter.model, found[0]):
             raise _unfit(
                 "its blocks add the residual inside of a branch, so that no gradient would flow past one"
             )
@@ -115,13 +116,6 @@ def drawn(lots: Tensor, rate: float, learning: Tensor) -> Tensor:
     if dropped[learning].all():
         dropped[lots.masked_fill(~learning, -1).argmax()] = False
     return dropped
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer: of its longest list of modules that lies in no other."""
-    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
-    outer = [each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    return list(max(outer, key=len, default=nn.ModuleList()))
 
 
 def branches_of(block: nn.Module) -> list[nn.Module]:

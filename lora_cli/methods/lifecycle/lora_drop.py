@@ -16,25 +16,22 @@ from torch.optim import Optimizer
 from lora_cli.adapter import held
 from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.lifecycle import Lifecycle, Run
-from lora_cli.adapter.start import SHIFTS
 from lora_cli.recipe.schema import Section
 
 needs = {"delta.lowrank": "A and B are what is shared"}
-forbids = (
-    {f"init.{name}": "the part of W0 that A and B stand for is that of one layer" for name in SHIFTS}
-    | {
+forbids = {
+    "a start that stands for a part of W0": "it is a part of the W0 of one layer",
+    **{
         f"lifecycle.{name}": "it follows the factors that each layer began with"
         for name in ("delta_lora", "dropbp", "restart", "roselora", "sparse_adapter")
-    }
-    | {
-        "base.convolution": "its inputs are pictures, not tokens",
-        "base.embedding": "its inputs are ids",
-        "combine.optimizer_view": "it follows the factors that each layer began with",
-        "optimizer.lora_fa": "its correction is of the gradient of one layer",
-        "rank.prilora": "layers of different depth have different ranks",
-        "trainable.only_a": "with B frozen no fresh pair could start at zero and learn",
-    }
-)
+    },
+    "base.convolution": "its inputs are pictures, not tokens",
+    "base.embedding": "its inputs are ids",
+    "combine.optimizer_view": "it follows the factors that each layer began with",
+    "optimizer.lora_fa": "its correction is of the gradient of one layer",
+    "rank.prilora": "layers of different depth have different ranks",
+    "trainable.only_a": "with B frozen no fresh pair could start at zero and learn",
+}
 
 
 class Settings(Section):
@@ -60,7 +57,7 @@ class LoRADrop(Lifecycle):
 
     def setup(self, run: Run) -> None:
         """Every layer has its own."""
-        self.deltas = {name: d for name, d in run.adapter.deltas.items() if isinstance(d, LowRank)}
+        self.deltas = run.adapter.lowrank
         self.optimizer = run.optimizer
 
     def stepped(self, run: Run) -> None:

@@ -48,11 +48,9 @@ def forbids(moments: Moments, **_: object) -> dict[str, str]:
     return found | ({"optimizer.sgd": "it has no moments that could be kept"} if moments else {})
 
 
-ONE_STEP = " or ".join(
-    (
-        *("trainable.lora_fa", "trainable.only_a", "delta.two_sided", "delta.additive", "delta.miss"),
-        *("init.symmetric", "init.pissa", "init.milora", "init.olora", "init.corda", "init.lora_ga"),
-    )
+ONE_STEP = (
+    "trainable.lora_fa or trainable.only_a or delta.two_sided or delta.additive or delta.miss"
+    " or a start that stands for a part of W0"
 )
 """With one of these, everything that trains learns in a single step."""
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lora_cli.adapter import budget
 from lora_cli.adapter.lifecycle import Lifecycle, Run
-from lora_cli.adapter.start import SHIFTS
 from lora_cli.recipe.schema import Section
 
 needs = {"delta.lowrank or delta.gated or delta.nested": "it prunes rows of A and columns of B"}
-forbids = {f"init.{name}": "the part of W0 that A and B stand for would be pruned" for name in SHIFTS} | {
+forbids = {
+    "a start that stands for a part of W0": "the part of W0 that A and B stand for would be pruned",
     "lifecycle.restart": "what starts anew is whole again",
     "lifecycle.delta_lora": "W would follow what was there before it was pruned",
     "lifecycle.sparse_adapter": "one of both has to decide what is pruned",

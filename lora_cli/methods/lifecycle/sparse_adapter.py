@@ -15,11 +15,11 @@ from torch import Tensor
 from lora_cli.adapter import budget, held
 from lora_cli.adapter.lifecycle import Lifecycle, Run
 from lora_cli.adapter.seed import generator_of
-from lora_cli.adapter.start import SHIFTS
 from lora_cli.recipe.schema import Section
 
 needs = {"delta.lowrank or delta.gated or delta.nested or delta.scaled": "it prunes the factors A and B"}
-forbids = {f"init.{name}": "the part of W0 that A and B stand for would be pruned" for name in SHIFTS} | {
+forbids = {
+    "a start that stands for a part of W0": "the part of W0 that A and B stand for would be pruned",
     "optimizer.lora_fa": "its correction of the gradient would move what was pruned",
     "lifecycle.aflora": "what is frozen has no gradient, and no score",
     "rank.dylora": "scores would only know the components that computed in one step",

@@ -23,7 +23,7 @@ def make(groups: list[dict[str, Any]], train: TrainRecipe, adapter: "Adapter") -
     """AdamW that corrects the gradients first."""
     device = groups[0]["params"][0].device.type
     optimizer = AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=device in ("cuda", "cpu"))
-    deltas = [delta for delta in adapter.deltas.values() if isinstance(delta, LowRank)]
+    deltas = list(adapter.lowrank.values())
     optimizer.register_step_pre_hook(lambda *_: correct(deltas))
     return optimizer
 

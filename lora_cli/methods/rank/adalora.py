@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor
 
 from lora_cli.adapter import budget
-from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.lifecycle import Lifecycle, Run
 from lora_cli.recipe.schema import Section
 
@@ -65,7 +64,7 @@ class AdaLoRA(Lifecycle):
 
     def setup(self, run: Run) -> None:
         """Nothing is important yet."""
-        for name, delta in _gated(run):
+        for name, delta in run.adapter.lowrank.items():
             for key in ("A", "B", "E"):
                 for kind in ("mean", "spread"):
                     self.averages[f"{name}.{key}|{kind}"] = torch.zeros_like(delta.get_parameter(key))
@@ -74,7 +73,8 @@ class AdaLoRA(Lifecycle):
         """γ times the mean over all factors of ‖BᵀB − I‖ and ‖A·Aᵀ − I‖, not squared, as the authors' code."""
         if not self.orthogonality:
             return None
-        found = [gram for _, delta in _gated(run) for gram in (delta.B.t() @ delta.B, delta.A @ delta.A.t())]
+        deltas = run.adapter.lowrank.values()
+        found = [gram for delta in deltas for gram in (delta.B.t() @ delta.B, delta.A @ delta.A.t())]
         norms = [torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)) for gram in found]
         return self.orthogonality * torch.stack(norms).mean()
 
@@ -86,7 +86,7 @@ class AdaLoRA(Lifecycle):
         the paper). At the end nothing is averaged any more: the same gates are closed after every step.
         """
         if run.step <= self._span(run)[1]:
-            for name, delta in _gated(run):
+            for name, delta in run.adapter.lowrank.items():
                 for key in ("A", "B", "E"):
                     self._average(f"{name}.{key}", delta.get_parameter(key))
         count = self.budget(run)
@@ -104,8 +104,8 @@ class AdaLoRA(Lifecycle):
 
     def budget(self, run: Run) -> int | None:
         """Components that may be open after this step, over all layers; None where nothing is decided."""
-        first = sum(delta.A.shape[0] for _, delta in _gated(run))
-        last = sum(budget.kept(delta.A.shape[0], self.initial) for _, delta in _gated(run))
+        sizes = [len(delta.A) for delta in run.adapter.lowrank.values()]
+        first, last = sum(sizes), sum(budget.kept(size, self.initial) for size in sizes)
         begin, end = self._span(run)
         if run.step < end and (run.step <= begin or (run.step - begin) % self.every):
             return None
@@ -117,9 +117,10 @@ class AdaLoRA(Lifecycle):
 
     def _close(self, run: Run, count: int) -> None:
         """Zero the gates of all but the `count` most important components; ties are broken by their order."""
-        is_open = budget.largest(torch.cat([self._scores(name) for name, _ in _gated(run)]), count)
-        sizes = [delta.A.shape[0] for _, delta in _gated(run)]
-        for (_, delta), kept in zip(_gated(run), is_open.split(sizes), strict=True):
+        deltas = run.adapter.lowrank
+        is_open = budget.largest(torch.cat([self._scores(name) for name in deltas]), count)
+        sizes = [len(delta.A) for delta in deltas.values()]
+        for delta, kept in zip(deltas.values(), is_open.split(sizes), strict=True):
             delta.get_parameter("E").mul_(kept)
 
     def _scores(self, name: str) -> Tensor:
@@ -140,7 +141,3 @@ class AdaLoRA(Lifecycle):
 
 
 make = AdaLoRA
-
-
-def _gated(run: Run) -> list[tuple[str, LowRank]]:
-    return [(name, delta) for name, delta in run.adapter.deltas.items() if isinstance(delta, LowRank)]

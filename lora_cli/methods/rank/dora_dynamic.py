@@ -73,7 +73,7 @@ class DynamicRank(Lifecycle):
 
     def setup(self, run: Run) -> None:
         """All gates may open, nothing is important yet."""
-        for name, delta in _gated(run):
+        for name, delta in run.adapter.lowrank.items():
             E = delta.get_parameter("E")
             self.importance[name] = torch.zeros_like(E)
             self.open[f"{name}.E"] = torch.ones_like(E, dtype=torch.bool)
@@ -82,7 +82,7 @@ class DynamicRank(Lifecycle):
         """Mean of Var(a row of A) + Var(a column of B) over layers, so that no few entries rule a component."""
         if not self.dispersion or run.step >= self._span(run)[1]:
             return None
-        found = [delta.A.var(1).mean() + delta.B.var(0).mean() for _, delta in _gated(run)]
+        found = [delta.A.var(1).mean() + delta.B.var(0).mean() for delta in run.adapter.lowrank.values()]
         return self.dispersion * torch.stack(found).mean()
 
     def gradients(self, run: Run) -> None:
@@ -95,7 +95,7 @@ class DynamicRank(Lifecycle):
         begin, end = self._span(run)
         if run.step > end:
             return
-        for name, delta in _gated(run):
+        for name, delta in run.adapter.lowrank.items():
             self.importance[name].lerp_(importance(delta), 1 - self.beta)
         if run.step == end or (run.step > begin and (run.step - begin) % self.every == 0):
             self._close(run, budget.left(run.step, begin, end))
@@ -107,14 +107,14 @@ class DynamicRank(Lifecycle):
 
     def _close(self, run: Run, left: float) -> None:
         """Close all but the most important components of all layers; ties are broken by their order."""
-        deltas = [delta for _, delta in _gated(run)]
-        sizes = [len(delta.A) for delta in deltas]
+        deltas = run.adapter.lowrank
+        sizes = [len(delta.A) for delta in deltas.values()]
         last = sum(budget.kept(size, self.initial) for size in sizes)
         count = round(last + (sum(sizes) - last) * left)
         # What is closed has no part in ΔW, but its average takes time to fall.
-        scores = [self.importance[name].masked_fill(~self.open[f"{name}.E"], -1.0) for name, _ in _gated(run)]
+        scores = [self.importance[name].masked_fill(~self.open[f"{name}.E"], -1.0) for name in deltas]
         chosen = budget.largest(torch.cat(scores), count).split(sizes)
-        for (name, delta), kept in zip(_gated(run), chosen, strict=True):
+        for (name, delta), kept in zip(deltas.items(), chosen, strict=True):
             self.open[f"{name}.E"].copy_(kept)
             held.close(delta.get_parameter("E"), kept, run.optimizer)
 
@@ -138,7 +138,3 @@ def importance(delta: LowRank) -> Tensor:
     B, A = delta.up(), delta.A
     whole = ((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt()
     return torch.linalg.norm(B, dim=0) * torch.linalg.norm(A, dim=1) / (whole + SMALLEST)
-
-
-def _gated(run: Run) -> list[tuple[str, LowRank]]:
-    return [(name, delta) for name, delta in run.adapter.deltas.items() if isinstance(delta, LowRank)]

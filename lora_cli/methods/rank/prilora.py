@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lora_cli.adapter import held
 from lora_cli.adapter.lifecycle import Lifecycle, Run
-from lora_cli.adapter.start import SHIFTS
 from lora_cli.recipe.schema import Section
 
 needs = {"delta.lowrank or delta.gated": "it prunes the A that x meets"}
-forbids = {f"init.{name}": "the part of W0 that A stands for would be pruned" for name in SHIFTS} | {
+forbids = {
+    "a start that stands for a part of W0": "the part of W0 that A stands for would be pruned",
     "init.eva": "one of both has to decide over ranks",
     "base.convolution": "its inputs are pictures, not tokens",
     "base.embedding": "its inputs are ids, which have no norm",
