@@ -4,7 +4,7 @@ Whatever is random is drawn from (seed, step), between steps and never inside `f
 going on from a checkpoint is exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -44,6 +44,10 @@ class Run(Protocol):
         """Layer -> `inputs` or `gradients`, measured on the rows of the next step."""
         ...
 
+    def held_out_loss(self) -> Tensor:
+        """The mean loss per trained token on what `held_out` keeps from the next step; a scalar, nothing is dropped."""
+        ...
+
 
 class Lifecycle:
     """Hooks, in the order in which they are called."""
@@ -55,8 +59,19 @@ class Lifecycle:
         """Factor on the learning rate of step 0, 1, ..."""
         return 1.0
 
+    def held_out(self, examples: int, step: int) -> int:
+        """How many of the training examples step 0, 1, ... does not learn from; they are drawn by lot, once."""
+        return 0
+
+    def outer(self, run: Run) -> Collection[str]:
+        """Names of trained tensors that learn from what is held out in the step at hand, and from nothing else.
+
+        Both are gradients at the same point: the first-order form of a bi-level problem.
+        """
+        return ()
+
     def begin_step(self, run: Run) -> None:
-        """Before the first micro-batch of a step; once more where memory was short and the step is repeated."""
+        """Before the first micro-batch of a step, or of its held-out rows; again where memory was short."""
 
     def loss(self, run: Run, batch: "Batch") -> Tensor | None:
         """Added to the loss of a micro-batch that has just been computed: its share of a sum over the whole step.

@@ -30,36 +30,49 @@ class Documents(Protocol):
 # Order
 
 
-def epoch_length(examples: Documents) -> int:
-    """How many examples an epoch has, told from their counts alone."""
+def epoch_length(examples: Documents, among: np.ndarray | None = None) -> int:
+    """How many examples an epoch has, told from their counts alone; `among`: of these only, by index."""
     if not _weighted(examples):
-        return len(examples)
-    counted = zip(examples.of_source, examples.weights, strict=True)
+        return len(examples) if among is None else len(among)
+    counted = zip(_of_source(examples, among), examples.weights, strict=True)
     return sum(int(weight) * count + _in_part(count, weight) for count, weight in counted)
 
 
-def epoch_order(examples: Documents, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(examples: Documents, seed: int, epoch: int, among: np.ndarray | None = None) -> np.ndarray:
     """Indices of the examples in the order of one epoch, int64; the same for the same arguments.
 
     An example of a source with weight 2 stands in it twice, one with weight 0.5 in every second epoch. All epochs
-    have the same length.
+    have the same length. `among`: of these examples only, by index.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(epoch_length(examples))
-    return _chosen(examples, seed, epoch)[order] if _weighted(examples) else order
+    order = np.random.default_rng([seed, epoch]).permutation(epoch_length(examples, among))
+    if _weighted(examples):
+        return _chosen(examples, seed, epoch, among)[order]
+    return order if among is None else among[order]
 
 
 def _weighted(examples: Documents) -> TypeGuard[Examples]:
     return isinstance(examples, Examples) and any(weight != 1 for weight in examples.weights)
 
 
-def _chosen(examples: Examples, seed: int, epoch: int) -> np.ndarray:
+def _of_source(examples: Examples, among: np.ndarray | None) -> tuple[int, ...]:
+    """Examples of each source."""
+    if among is None:
+        return examples.of_source
+    return tuple(np.bincount(examples.sources[among], minlength=len(examples.weights)).tolist())
+
+
+def _chosen(examples: Examples, seed: int, epoch: int, among: np.ndarray | None) -> np.ndarray:
     """The examples of an epoch, source by source."""
-    of = examples.sources
+    of = examples.sources if among is None else examples.sources[among]
     each = [
-        _share(np.flatnonzero(of == source), weight, seed, source, epoch)
+        _share(_at(of == source, among), weight, seed, source, epoch)
         for source, weight in enumerate(examples.weights)
     ]
     return np.concatenate(each)
+
+
+def _at(where: np.ndarray, among: np.ndarray | None) -> np.ndarray:
+    return np.flatnonzero(where) if among is None else among[where]
 
 
 def _share(of: np.ndarray, weight: float, seed: int, source: int, epoch: int) -> np.ndarray:

@@ -5,6 +5,7 @@ become smaller where memory is short.
 """
 
 import hashlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,22 @@ def accumulate(
         run.optimizer.zero_grad(set_to_none=True)
         if run.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def accumulate_outer(
+    run: "Training", rows: list[int], names: Collection[str]
+) -> tuple[list[Batch], list[Tensor]]:
+    """Give these tensors the gradient of other rows than the step's own; all others keep what they have.
+
+    Returns:
+        The micro-batches of this process, and the loss of each.
+    """
+    own = {name: parameter.grad for name, parameter in run.trained.items()}
+    run.optimizer.zero_grad(set_to_none=True)
+    batches, losses, _ = accumulate(run, rows, int(run.examples.trained_counts[rows].sum()))
+    for name in own.keys() - names:
+        run.trained[name].grad = own[name]
+    return batches, losses
 
 
 def _mine(run: "Training", rows: list[int]) -> list[Batch]:

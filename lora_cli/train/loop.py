@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -26,14 +25,15 @@ from lora_cli.adapter.inject import Adapter, tensors_of
 from lora_cli.adapter.lifecycle import Lifecycle
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import Batch
-from lora_cli.data.pack import epoch_length, epoch_order
+from lora_cli.data.pack import micro_batches
 from lora_cli.errors import ExitCode, UserError, some_of
 from lora_cli.model import computing
 from lora_cli.recipe.schema import TrainRecipe
 from lora_cli.train import optim
-from lora_cli.train.gradient import accumulate, seed_of, token_budget, unconnected
+from lora_cli.train.course import Course
+from lora_cli.train.gradient import accumulate, accumulate_outer, seed_of, token_budget, unconnected
 from lora_cli.train.loss import Loss
-from lora_cli.train.measure import measure
+from lora_cli.train.measure import mean_loss, measure
 from lora_cli.train.processes import Processes
 from lora_cli.train.sharding import Shares
 
@@ -102,6 +102,7 @@ class Training:
             parts.load(axis, part.name).make(**parts.settings(axis, part)) for axis, part in chosen
         )
         self.processes.start_alike([*self.adapter.named_tensors().values()])
+        self.split = cache(self.course.split)
         for lifecycle in self.lifecycles:
             lifecycle.setup(self)
         with self.computing():
@@ -109,7 +110,6 @@ class Training:
         self.watched = self.adapter.trainable()
         """At the start; some of them may be frozen on the way."""
         self.connected = torch.zeros(len(self.watched), dtype=torch.bool)
-        self.order, self.order_epoch = np.empty(0, dtype=np.int64), -1
         self.skipped = 0
         """Steps skipped because a gradient overflowed in float16; the scaler lowers its factor and goes on."""
 
@@ -128,9 +128,14 @@ class Training:
         return computing(self.model, self.precision)
 
     @cached_property
+    def course(self) -> Course:
+        """Epochs over all examples."""
+        return Course(self.examples, self.train.seed, self.train.batch_size)
+
+    @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch may have fewer rows."""
-        return math.ceil(epoch_length(self.examples) / self.train.batch_size)
+        """Of all examples, whether or not some are held out for the method."""
+        return self.course.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
@@ -140,12 +145,17 @@ class Training:
         return math.ceil((self.train.epochs or 1) * self.steps_per_epoch)
 
     def rows(self, step: int) -> list[int]:
-        """The examples of step 0, 1, ..."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self.order_epoch:
-            self.order, self.order_epoch = epoch_order(self.examples, self.train.seed, epoch), epoch
-        first = within * self.train.batch_size
-        return [int(row) for row in self.order[first : first + self.train.batch_size]]
+        """The examples that step 0, 1, ... learns from."""
+        held_out = self.held_out(step)
+        return (self.split(held_out)[0] if held_out else self.course).rows(step)
+
+    def outer_rows(self, step: int) -> list[int]:
+        """The examples of a step for what learns from held-out ones: as many, in epochs of their own."""
+        return self.split(self.held_out(step))[1].rows(step)
+
+    def held_out(self, step: int) -> int:
+        """How many examples the method keeps from this step."""
+        return max(lifecycle.held_out(len(self.examples), step) for lifecycle in self.lifecycles)
 
     @property
     def at_once(self) -> str:
@@ -182,6 +192,22 @@ class Training:
         self.processes.start_alike([*found.values()])  # who decides by them decides the same everywhere
         return found
 
+    def held_out_loss(self) -> Tensor:
+        """Per trained token, on all that the method keeps from the next step; nothing is dropped."""
+        outer = self.split(self.held_out(self.step))[1].among
+        assert outer is not None, "the method holds some out"
+        batches = micro_batches(
+            self.examples,
+            outer.tolist(),
+            max_tokens=self.max_tokens,
+            max_rows=self.max_rows,
+            packing=self.packing,
+            pad_id=self.pad_id,
+        )
+        found = mean_loss(self.model, self.loss, batches, self.precision)
+        self.processes.start_alike([found])  # as above
+        return found
+
 
 def train_steps(run: Training) -> Iterator[StepReport]:
     """Train from `run.step` to the end, yielding after each optimizer step.
@@ -206,6 +232,11 @@ def _step(run: Training, rows: list[int]) -> StepReport:
     trained_tokens = int(run.examples.trained_counts[rows].sum())
     at_once = run.at_once
     batches, losses, loss = accumulate(run, rows, trained_tokens)
+    outer = {name for lifecycle in run.lifecycles for name in lifecycle.outer(run)}
+    if outer:
+        others = run.outer_rows(run.step)
+        more = accumulate_outer(run, others, outer)
+        batches, losses, rows = batches + more[0], losses + more[1], rows + others
     _penalise(run)
     loss, grad_norm = _finished(run, loss, rate)
     _check_finite(run, loss, grad_norm, losses, batches)

@@ -1,4 +1,4 @@
-"""What inits ask to know about a layer: how its inputs vary, or the gradient of its W, on training rows."""
+"""What methods ask to know on training rows: of a layer how its inputs vary or the gradient of its W; the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapter.base import Base
+from lora_cli.adapter.reading import reading
 from lora_cli.data.cache import Examples
+from lora_cli.data.example import IGNORE, Batch
 from lora_cli.data.pack import micro_batches
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import computing
@@ -54,6 +56,20 @@ def measure(
             fix = "bfloat16 and float32 hold larger numbers: see train.precision"
             raise UserError(what, where=name, fix=fix, code=ExitCode.NON_FINITE)
     return {name: total / tokens for name, total in measured.totals.items()}
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, loss: Loss, batches: Sequence[Batch], precision: torch.dtype) -> Tensor:
+    """Per trained token, float32 on the device; as the model is used, so that nothing is dropped."""
+    device, training = next(model.parameters()).device, model.training
+    tokens = sum(int((batch.labels[:, 1:] != IGNORE).sum()) for batch in batches)
+    model.eval()
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        with reading(model, lambda batch=batch: batch.to(device).reading()), computing(model, precision):
+            total += loss(batch, device)
+    model.train(training)
+    return total / tokens
 
 
 class _Inputs:
