@@ -89,6 +89,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "scale: constant.*alpha.*no effect",
     ),
+    "two passes that cannot differ": ({"lifecycle": "r_drop"}, {}, "r_drop: needs something that drops"),
+    "two passes that cannot differ, rates of zero": (
+        {"method": "hiddenkey", "attention": {"key_drop": {"key": 0.0, "hidden": 0.0}}},
+        {},
+        "r_drop: needs something that drops.*two passes predict the same",
+    ),
+    "a second pass over a ledger": (
+        {"method": "malora", "dropout": 0.1, "lifecycle": ["load_balance", "r_drop"]},
+        {},
+        r"lifecycle: r_drop.*lifecycle\.load_balance",
+    ),
     "ranks of one pair": ({"method": "vera", "rank_pattern": {"q_proj": 2}}, {}, "delta: vera.*rank_pattern"),
 }
 

@@ -229,6 +229,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "adapter.lifecycle.load_balance.weight": Case(
         "adapter", {"load_balance": {"weight": 0.5}}, {**MALORA, **LONGER}
     ),
+    "adapter.lifecycle.r_drop.weight": Case("adapter", {"r_drop": {"weight": 5.0}}, {"adapter.dropout": 0.1}),
     "adapter.delta.fourierft.seed": Case(
         "adapter", {"fourierft": {"seed": 3}}, {"adapter.method": "fourierft", "adapter.r": 50}
     ),

@@ -4,7 +4,7 @@ Whatever is random is drawn from (seed, step), between steps and never inside `f
 going on from a checkpoint is exact.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -36,6 +36,11 @@ class Run(Protocol):
         """Read in the step at hand by all processes, padding not counted."""
         ...
 
+    @property
+    def trained_tokens(self) -> int:
+        """Learned in the step at hand, by all processes."""
+        ...
+
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Sum over the processes, in place."""
         ...
@@ -46,6 +51,14 @@ class Run(Protocol):
 
     def held_out_loss(self) -> Tensor:
         """The mean loss per trained token on what `held_out` keeps from the next step; a scalar, nothing is dropped."""
+        ...
+
+    def second_passes(self) -> Callable[["Batch"], Tensor]:
+        """Watch the passes from now on; what comes back takes one more through a micro-batch that was just computed.
+
+        It says how far apart what the two predict is: ½·(KL(p‖q) + KL(q‖p)), summed over the trained tokens. Only the
+        first pass has a gradient.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 Both map a fact to a reason, or are functions of the part's settings that do. A fact is a chosen part, `init.zero_a`;
 `dropout`; a key of `adapter` that the recipe sets, `lora_bias`, or of `train` that it changes, `train.betas`; a kind
 of base, `base.embedding`; how it is kept, `base.quantized`, and `base.packed` where it is on disk so; or what the
-file of a part says of it, MERGEABLE and SHIFTED.
+files of the parts say of them, MERGEABLE, SHIFTED and DROPS.
 """
 
 from collections import Counter
@@ -20,6 +20,8 @@ MERGEABLE = "a mergeable delta"
 """The fact that ΔW does not depend on the input."""
 SHIFTED = "a start that stands for a part of W0"
 """The fact that this part is taken off W0, by the init or by quantising."""
+DROPS = "something that drops"
+"""The fact that two passes in training mode differ: by dropout of ΔW's input, or by the part of the attention axis."""
 
 
 def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterable[str] = ()) -> set[str]:
@@ -37,7 +39,9 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
         for fact in of_part(axis, part.name)
     }
     if method.dropout.settings.get("p"):
-        facts.add("dropout")
+        facts |= {"dropout", DROPS}
+    if drops := getattr(parts.load("attention", method.attention.name), "drops", None):
+        facts |= {DROPS} if drops(**parts.settings("attention", method.attention)) else set()
     if method.base is not None:
         facts.add("base.quantized")
     if adapter is not None:

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -36,6 +36,7 @@ from lora_cli.train.loss import Loss
 from lora_cli.train.measure import mean_loss, measure
 from lora_cli.train.processes import Processes
 from lora_cli.train.sharding import Shares
+from lora_cli.train.twice import Twice
 
 WATCHED_STEPS = 20
 """A tensor whose gradient was zero in all of the first so many steps is not connected to the loss."""
@@ -172,9 +173,19 @@ class Training:
         """Read in the step at hand by all processes, padding not counted."""
         return int(self.examples.lengths[self.rows(self.step)].sum())
 
+    @property
+    def trained_tokens(self) -> int:
+        """Learned in the step at hand, by all processes."""
+        return int(self.examples.trained_counts[self.rows(self.step)].sum())
+
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Sum over the processes, in place."""
         self.processes.sum(tensors)
+
+    def second_passes(self) -> Callable[[Batch], Tensor]:
+        """Watch the passes from now on; what comes back takes one more, and says how far apart the two are."""
+        twice = Twice(self.model, self.computing)
+        return lambda batch: twice.divergence(self.loss, batch)
 
     def measure(self, kind: str) -> dict[str, Tensor]:
         """What an init asks for, on the rows of the next step."""

@@ -35,7 +35,7 @@ class Loss:
 
     def __call__(self, batch: Batch, device: torch.device) -> Tensor:
         """Float32, on the device."""
-        return self.at(batch, device, *_trained(batch, device))
+        return self.at(batch, device, *trained(batch, device))
 
     def at(self, batch: Batch, device: torch.device, positions: Tensor, targets: Tensor) -> Tensor:
         """The same where it is known which positions of the flattened batch are followed by which trained tokens."""
@@ -45,10 +45,22 @@ class Loss:
             return F.cross_entropy(widened(logits), targets, reduction="sum")
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
-        with _head_reads_nothing(head) as read:
-            _forward(self.model, batch, device)
-        hidden = read[0].flatten(0, -2).index_select(0, positions)
+        hidden = states(self.model, batch, device, positions)
         return cross_entropy(hidden, head.weight, head.bias, targets, self.scale)
+
+
+def states(model: PreTrainedModel, batch: Batch, device: torch.device, positions: Tensor) -> Tensor:
+    """What the head reads at these positions of the flattened batch, [n, d]; it computes no logits."""
+    head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has an output head"
+    with _head_reads_nothing(head) as read:
+        _forward(model, batch, device)
+    return states_at(read[0], positions)
+
+
+def states_at(read: Tensor, positions: Tensor) -> Tensor:
+    """Of what the head was given [rows, tokens, d] that at these positions, [n, d]."""
+    return read.flatten(0, -2).index_select(0, positions)
 
 
 @contextmanager
@@ -98,12 +110,12 @@ def widened(logits: Tensor) -> Tensor:
 
 def trained_logits(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits [n, vocabulary] where the next token is trained, and those tokens [n], rows of the batch in order."""
-    positions, targets = _trained(batch, device)
+    positions, targets = trained(batch, device)
     with head_sees(model, positions):
         return _forward(model, batch, device), targets
 
 
-def _trained(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def trained(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the next token is trained, in the flattened batch, and those tokens.
 
     Found on the CPU: on a GPU, asking how many there are would wait for it.
@@ -140,7 +152,7 @@ def head_sees(model: PreTrainedModel, positions: Tensor) -> Generator[None]:
     """
 
     def select(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].flatten(0, -2).index_select(0, positions),)
+        return (states_at(inputs[0], positions),)
 
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has an output head"

@@ -1,8 +1,8 @@
 """key_drop: hides some keys from all queries of a head, drops some numbers inside the MLP. arXiv:2403.00812
 
-HiddenKey without its second pass (HiddenKey⁻). Column by column before the softmax, so that the weights of what is
-left add up to 1; a token that would see nothing sees everything. Inside the MLP single numbers are dropped and the
-rest scaled, as by dropout. Both rest in evaluation.
+HiddenKey without its second pass, which is `lifecycle: r_drop`. Column by column before the softmax, so that the
+weights of what is left add up to 1; a token that would see nothing sees everything. Inside the MLP single numbers are
+dropped and the rest scaled, as by dropout. Both rest in evaluation.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,6 +46,11 @@ def make(model: Any, key: float, hidden: float) -> Callable[..., Tensor] | None:
                 lambda module, inputs: (dropped(inputs[0], hidden, module.training),)
             )
     return None if key == 0 else lambda *asked: attend(key, *asked)
+
+
+def drops(key: float, hidden: float) -> bool:
+    """Whether anything is."""
+    return key > 0 or hidden > 0
 
 
 def attend(
