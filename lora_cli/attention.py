@@ -2,7 +2,7 @@
 
 transformers hands packed documents to attention as one row and a mask over all pairs of its tokens. Here the mask is
 read, and a row whose documents are plainly causal is cut at their borders; every other mask is used as it is. For
-CPUs: on a GPU, reading the mask would wait for it.
+CPUs: on a GPU, reading the mask would wait for it, and `varlen` is told the documents instead.
 
 And attention that a method changes while training, by transformers' own register of implementations.
 """
@@ -19,21 +19,28 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lora_cli import parts
+from lora_cli import parts, varlen
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
 
 NAME = "lora_documents"
 
 
-def skips(model: PreTrainedModel) -> bool:
-    """Whether attention over packed documents costs no more than over each alone."""
-    return "flash" in str(model.config._attn_implementation) or _can_cut(model)
+def skips(model: PreTrainedModel, device: torch.device | None = None) -> bool:
+    """Whether attention over packed documents costs no more than over each alone, on this device or where it is."""
+    device = device or model.device
+    return (
+        "flash" in str(model.config._attn_implementation)
+        or _can_cut(model, device)
+        or varlen.serves(model, device)
+    )
 
 
 def use(model: PreTrainedModel) -> None:
-    """Let a model on the CPU that uses PyTorch's attention cut packed rows at the borders of documents."""
-    if _can_cut(model):
+    """Let a model that uses PyTorch's attention compute none between the documents of a packed row."""
+    if varlen.serves(model, model.device):
+        varlen.use(model)
+    if _can_cut(model, model.device):
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
@@ -54,7 +61,7 @@ def train_with(model: PreTrainedModel, part: Part) -> None:
     made = parts.load("attention", part.name).make(model, **parts.settings("attention", part))
     if made is None:
         return
-    if model.config._attn_implementation not in ("sdpa", NAME):
+    if model.config._attn_implementation not in ("sdpa", NAME, varlen.NAME):
         what = f"{model.config.model_type} attends by {model.config._attn_implementation} here, not by sdpa"
         raise UserError(what, where=f"adapter.attention: {part.name}", code=ExitCode.MODEL)
     cuts = model.config._attn_implementation == NAME
@@ -88,8 +95,8 @@ def _switched(
     return training(module, query, key, value, attention_mask, settings), None
 
 
-def _can_cut(model: PreTrainedModel) -> bool:
-    return model.device.type == "cpu" and model.config._attn_implementation in ("sdpa", NAME)
+def _can_cut(model: PreTrainedModel, device: torch.device) -> bool:
+    return device.type == "cpu" and model.config._attn_implementation in ("sdpa", NAME)
 
 
 def attend(

@@ -51,7 +51,7 @@ from lora_cli.train.loss import _trained
 from lora_cli.train.recompute import recompute
 from tests import tiny
 from tests.bench import result
-from tests.training import NO_DROPOUT, training
+from tests.training import NO_DROPOUT, fresh, training
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
@@ -82,9 +82,13 @@ def config_only(kind: str, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def rehearsed(recipe: Recipe, dtype: torch.dtype = torch.float32):
+def rehearsed(recipe: Recipe, dtype: torch.dtype = torch.float32, device: torch.device = CPU):
     return rehearsal(
-        recipe, lambda language: prepare.plan_for(recipe, language), stored=dtype, precision=dtype
+        recipe,
+        lambda language: prepare.plan_for(recipe, language),
+        stored=dtype,
+        precision=dtype,
+        device=device,
     )
 
 
@@ -424,7 +428,7 @@ def test_weights_are_not_needed(tmp_path, capsys):
     path.write_text(f"model: {{name: {folder}}}\ndata: {{train: nowhere.jsonl, max_length: 100}}\n")
     found = estimate(load(path), Screen(), device="H100", gpus=2, measure=False)
     assert json.loads(json.dumps(found)) == found
-    assert found["micro_batch"]["tokens"] == 800  # half of sixteen rows, padded
+    assert found["micro_batch"] == {"tokens": 800, "documents": 8}  # half of sixteen rows
     assert found["fits"]
     assert found["pace"]["tokens_per_second"] > 0
     shown = capsys.readouterr().err
@@ -442,6 +446,39 @@ def test_the_rows_of_the_recipe_are_looked_at_where_there_is_a_tokenizer(tiny_fo
     assert found["rows"] == "the recipe's"
     assert found["micro_batch"]["tokens"] < 768
     assert found["pace"]["seconds"] > 0
+
+
+def test_one_kernel_of_a_gpu_computes_the_causal_pairs_of_each_document_in_one_launch(tmp_path):
+    """4 FLOP a pair, head and width forward, 2.5 times that backward, in each layer."""
+    generator = fresh()
+    lengths = tuple(int(n) for n in torch.randint(2, 90, (random.randint(2, 7),), generator=generator))
+    recipe = recipe_of(config_only("llama", tmp_path), {})
+    rows, found = Rows(lengths, sum(lengths) // 2, packed=True), {}
+    for device in (torch.device("cuda"), CPU):
+        with rehearsed(recipe, torch.bfloat16, device) as made:
+            found[device.type] = made.cost(rows).work["blocks"]
+            heads, width = made.model.config.num_attention_heads, made.model.config.head_dim
+            layers = len(made.blocks)
+    pairs = sum(n**2 for n in lengths) / 2
+    assert found["cuda"].attention == pytest.approx(3.5 * 4 * pairs * heads * width * layers)
+    assert found["cuda"].attention == pytest.approx(found["cpu"].attention)
+    assert found["cuda"].products == found["cpu"].products
+    assert found["cuda"].launches < found["cpu"].launches - 2 * layers * (len(lengths) - 1)
+
+
+def test_rows_are_packed_on_a_gpu_too(tiny_folder, rows_file, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    form = "{prompt: '{question}', completion: '{answer}'}"
+    path.write_text(
+        f"model: {{name: {tiny_folder}}}\ndata: {{train: {rows_file}, format: {form}, max_length: 900}}\n"
+    )
+    tokens = {}
+    for packing in ("auto", "true", "false"):
+        found = estimate(
+            load(path, [f"data.packing={packing}"]), Screen(), device="H100", gpus=1, measure=False
+        )
+        tokens[packing] = found["micro_batch"]["tokens"]
+    assert tokens["auto"] == tokens["true"] < tokens["false"]
 
 
 def test_a_model_that_is_too_large_is_told_what_would_make_it_fit(tmp_path, capsys, monkeypatch):

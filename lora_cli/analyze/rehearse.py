@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lora_cli import attention, parts
+from lora_cli import attention, parts, varlen
 from lora_cli import model as models
 from lora_cli.adapter import rules
 from lora_cli.adapter.inject import Adapter, inject
@@ -41,7 +41,7 @@ NAME = "lora_rehearsed"
 BENDING = {aten.tanh, aten.clamp, aten.sigmoid}
 """What models do to their logits that is no multiplication."""
 CPU = torch.device("cpu")
-"""Fake tensors are on the CPU whatever the run is to be on: what is kept does not depend on it."""
+"""Fake tensors are on the CPU whatever the run is to be on: what is kept does not depend on it, but for attention."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def rehearsal(
     tokenizer: Any = None,
     stored: torch.dtype,
     precision: torch.dtype,
+    device: torch.device = CPU,
 ) -> Iterator["Rehearsal"]:
     """Everything that training needs, without weights; nothing is read but the model's configuration.
 
@@ -124,6 +125,7 @@ def rehearsal(
         tokenizer: the model's; only needed where the recipe adds tokens.
         stored: the type of the base's weights.
         precision: what the model computes in.
+        device: what the run is to be on.
     """
     eager = {"attn_implementation": "eager"} if recipe.model.attention == "eager" else {}
     tally = Tally()
@@ -144,7 +146,8 @@ def rehearsal(
             tally.answers = iter(())
             model.train()
             optimizer, base = optim.make(adapter, recipe.train), plan.method.base
-            rehearsed = Rehearsal(model, adapter, optimizer, precision, tally, base.name if base else None)
+            quantised = base.name if base else None
+            rehearsed = Rehearsal(model, adapter, optimizer, precision, tally, quantised, device)
         yield rehearsed
 
 
@@ -204,6 +207,8 @@ class Rehearsal:
     tally: Tally
     base: str | None = None
     """What the linear layers of the blocks are quantised to; None where they are not."""
+    device: torch.device = CPU
+    """What the run is to be on."""
 
     def __post_init__(self) -> None:
         """Take the first update, so that gradients and the optimizer's memory are there."""
@@ -300,7 +305,7 @@ class Rehearsal:
         tally = self.tally
         handle = models.end_modules(self.model)[1].register_forward_pre_hook(self._enter_head)
         tally.work.clear()
-        tally.stage, before = "blocks", tally.live
+        tally.stage, before, tally.lengths = "blocks", tally.live, rows.lengths
         try:
             with self._only(chosen), self._attention(rows):
                 tally.peak = tally.live
@@ -324,6 +329,9 @@ class Rehearsal:
         before = str(self.model.config._attn_implementation)
         together = rows.packed and len(rows.lengths) > 1
         alike = len(set(rows.lengths)) == 1 and not together
+        told = together and varlen.serves(self.model, self.device)
+        ends = torch.zeros(len(rows.lengths) + 1, dtype=torch.int32)
+        documents = varlen.Documents(rows.lengths, ends, self.device)
         if before == "eager" or not (together or alike):
             yield
             return
@@ -331,13 +339,15 @@ class Rehearsal:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
         ) -> tuple[Tensor, Tensor | None]:
+            if told:
+                return varlen.attend(module, query, key, value, mask, documents, **settings)
             window = settings.get("sliding_window")
             if alike or (window and max(rows.lengths) > window):
                 return sdpa_attention_forward(module, query, key, value, mask, **settings)
             return attention.apart(rows.lengths, module, query, key, value, **settings), None
 
         AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, _no_mask if alike else sdpa_mask)
+        AttentionMaskInterface.register(NAME, _no_mask if alike or told else sdpa_mask)
         self.model.set_attn_implementation(NAME)
         try:
             yield
@@ -361,7 +371,7 @@ class Rehearsal:
 
 
 def _no_mask(*_: object, **__: object) -> None:
-    """What is causal and nothing else needs none."""
+    """What is causal and nothing else needs none, nor does what is told its documents."""
 
 
 def _batch(rows: Rows) -> Batch:

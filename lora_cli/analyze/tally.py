@@ -6,11 +6,12 @@ Sees every operation of PyTorch's that is called within it, on real tensors or o
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers its operations
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,6 +76,8 @@ class Tally(TorchDispatchMode):
         """What tensors without numbers say when they are asked for their only one."""
         self.seen: list[Any] = []
         """Operations, in order."""
+        self.lengths: Sequence[int] = ()
+        """Tokens of each document in the row at hand; a kernel for all of them is given that in a tensor."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let it run, then count."""
@@ -89,7 +92,11 @@ class Tally(TorchDispatchMode):
         got = [each for each in tree_leaves(made) if isinstance(each, Tensor)]
         for tensor in got:
             self._hold(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
-        done = _work(operation, args, kwargs, made, given, got)
+        packet = operation._overloadpacket
+        if packet in VARLEN:
+            done = Work(attention=VARLEN[packet](self.lengths, operation, args, kwargs), launches=1)
+        else:
+            done = _work(operation, args, kwargs, made, given, got)
         if done is not None:
             self.work[self.stage] += done
         return made
@@ -142,15 +149,18 @@ def _attention(backward: bool) -> Any:
     """
 
     def flops(operation: Any, args: Any, kwargs: Any) -> float:
-        named = {
-            argument.name: value for argument, value in zip(operation._schema.arguments, args, strict=False)
-        }
-        named |= kwargs
+        named = _named(operation, args, kwargs)
         query, key = named["query"], named["key"]
         pairs = query.shape[-2] * key.shape[-2] / (2 if named.get("is_causal") else 1)
         return (2.5 if backward else 1.0) * 4 * math.prod(query.shape[:-2]) * pairs * query.shape[-1]
 
     return flops
+
+
+def _named(operation: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by name."""
+    names = (argument.name for argument in operation._schema.arguments)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _kernels() -> Iterator[tuple[Any, Any]]:
@@ -161,6 +171,27 @@ def _kernels() -> Iterator[tuple[Any, Any]]:
 
 
 ATTENTION = dict(_kernels())
+
+
+def _varlen(backward: bool) -> Any:
+    """The same over documents of several lengths, of which a window may let each token see a part only."""
+
+    def flops(lengths: Sequence[int], operation: Any, args: Any, kwargs: Any) -> float:
+        named = _named(operation, args, kwargs)
+        tokens, heads, width = named["query"].shape
+        assert sum(lengths) == tokens, "whoever asks for it has told which documents there are"
+        behind = named["window_size"][0] + 1 or tokens
+        pairs = sum(n**2 / 2 - max(n - behind, 0) ** 2 / 2 for n in lengths)
+        return (2.5 if backward else 1.0) * 4 * heads * pairs * width
+
+    return flops
+
+
+VARLEN = {
+    torch.ops.torch_attn._varlen_attn: _varlen(backward=False),
+    torch.ops.torch_attn._varlen_attn_backward: _varlen(backward=True),
+}
+"""The kernels behind `torch.nn.attention.varlen`."""
 
 
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:

@@ -6,13 +6,14 @@ Which examples a step learns is a pure function of (seed, epoch): there is nothi
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from inspect import signature
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lora_cli import varlen
 from lora_cli.adapter.reading import reading
 from lora_cli.data.cache import Examples
 from lora_cli.data.example import IGNORE, Batch, Example
@@ -124,6 +125,16 @@ def nothing(pad_id: int) -> Batch:
     """A batch of no example: one token, which is not learned, so that its loss and its gradient are zero."""
     return Batch(
         torch.tensor([[pad_id]]), torch.tensor([[IGNORE]]), torch.zeros(1, 1, dtype=torch.int64), None, ()
+    )
+
+
+def inputs(model: PreTrainedModel, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What a model on this device is called with for a batch that is still on the CPU."""
+    moved = batch.to(device)
+    given = {"input_ids": moved.input_ids, "position_ids": moved.position_ids, "use_cache": False}
+    given["attention_mask"] = moved.attention_mask
+    return (
+        given if batch.attention_mask is not None else given | varlen.told(model, batch.position_ids, device)
     )
 
 
@@ -242,11 +253,9 @@ def _probe(model: PreTrainedModel) -> None:
 def _logits(model: PreTrainedModel, *documents: list[int]) -> Tensor:
     """Logits of the last document of a pack, but for its first token."""
     group = [(0, Example(tuple(ids), (True,) * len(ids), "")) for ids in documents]
-    batch = _packed(group).to(model.device)
-    with reading(model, batch.reading):
-        output = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
-        )
+    batch = _packed(group)
+    with reading(model, batch.to(model.device).reading):
+        output = model(**inputs(model, batch, model.device))
     return output.logits[0, 1 - len(documents[-1]) :].float()
 
 

@@ -165,6 +165,7 @@ def _rehearsed(recipe: Recipe, tokenizer: Any, device: torch.device) -> Iterator
         tokenizer=tokenizer if recipe.model.add_tokens else None,
         stored=_stored(recipe, device),
         precision=_precision(recipe, device),
+        device=device,
     ) as rehearsed:
         yield rehearsed
 
@@ -194,9 +195,7 @@ def _steps(
     """Micro-batches of some steps."""
     packing, model = recipe.data.packing, rehearsed.model
     if packing == "auto":
-        packing = (
-            attention.skips(model) if device.type == "cpu" else recipe.model.attention == "flash_attention_2"
-        )
+        packing = recipe.model.attention == "flash_attention_2" or attention.skips(model, device)
     return steps_of(
         data.documents,
         data.order,

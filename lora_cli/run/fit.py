@@ -105,6 +105,7 @@ def _rehearsed(
         tokenizer=models.load_tokenizer(recipe.model) if recipe.model.add_tokens else None,
         stored=models.stored_dtype(recipe.model, device),
         precision=prepare.precision_of(recipe, language.model, device),
+        device=device,
     ) as rehearsed:
         case = largest(rehearsed, recipe.train, steps)
         whole = memory(rehearsed, case, target)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lora_cli.data.example import IGNORE, Batch
+from lora_cli.data.pack import inputs
 from lora_cli.train.head import cross_entropy
 
 
@@ -127,14 +128,7 @@ def trained(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _forward(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """The logits that the model makes of what its head is given to read."""
-    moved = batch.to(device)
-    output = model(
-        input_ids=moved.input_ids,
-        attention_mask=moved.attention_mask,
-        position_ids=moved.position_ids,
-        use_cache=False,
-    )
-    return output.logits
+    return model(**inputs(model, batch, device)).logits
 
 
 def _before_trained(batch: Batch) -> Tensor:
