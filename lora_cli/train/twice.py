@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -62,6 +62,7 @@ class Twice:
                 with torch.no_grad():
                     second = states(self.model, batch, read.device, positions)
                 head = self.model.get_output_embeddings()
+                assert isinstance(head, nn.Linear)
                 return _apply(states_at(read, positions), second, head.weight, head.bias, loss.scale)
         finally:
             self.read = self.logits = None
