@@ -472,6 +472,32 @@ def test_a_plain_model_is_measured_as_the_recipe_keeps_it(recipe, tiny_folder, t
     assert plain["base"]["loss"] != report["base"]["loss"]
 
 
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lq_lora", "pissa"])
+def test_a_slow_start_is_counted_layer_by_layer(recipe, method, monkeypatch):
+    counted: list[tuple[str, int, list[int]]] = []
+
+    class Counted:
+        def __init__(self, console: Any, what: str, total: int) -> None:
+            counted.append((what, total, []))
+
+        def __enter__(self) -> "Counted":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def advance(self, count: int) -> None:
+            counted[-1][2].append(count)
+
+    monkeypatch.setattr("lora_cli.progress.Counter", Counted)
+    train(recipe(method=method, target_modules=("q_proj", "lm_head")), SCREEN)
+    started = [(total, done) for what, total, done in counted if what == "starting layers"]
+    total = 3 if method == "pissa" else 15
+    assert started == [(total, [1] * total)]
+
+
 # ---- other tools ----------------------------------------------------------------------------------------------------
 
 

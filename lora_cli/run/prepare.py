@@ -21,6 +21,7 @@ from lora_cli.data.pack import check_isolation, epoch_order
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES, LanguageModel
 from lora_cli.recipe.schema import ModelRecipe, Recipe, TrainRecipe
+from lora_cli.screen import Screen
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
 from lora_cli.train.measure import measure
@@ -139,9 +140,9 @@ def check_fit(model: PreTrainedModel, datasets: Datasets) -> None:
 
 
 def training(
-    recipe: Recipe, language: LanguageModel, datasets: Datasets, accelerator: Accelerator
+    recipe: Recipe, language: LanguageModel, datasets: Datasets, accelerator: Accelerator, screen: Screen
 ) -> Training:
-    """Inject the adapter, make the optimizer, and put the model in training mode."""
+    """Inject the adapter, make the optimizer, and put the model in training mode; `screen` shows how far it is."""
     plan = plan_for(recipe, language)
     check_fit(language.model, datasets)
     precision = precision_of(recipe, language.model, accelerator.device)
@@ -149,7 +150,8 @@ def training(
     shared = shares_out(recipe, accelerator)
     if shared:
         files.note_signs(language.model, plan)
-    adapter = inject(language.model, plan, recipe.train.seed, statistics)
+    with screen.counting("starting layers", len(plan.touched)) as counter:
+        adapter = inject(language.model, plan, recipe.train.seed, statistics, advance=counter.advance)
     if plan.quantised:
         language.model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     shares = share_out(language.model, adapter, accelerator) if shared else None
