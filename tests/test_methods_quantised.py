@@ -291,13 +291,22 @@ def test_pissa_on_a_quantised_base_is_closer_to_w0_than_quantising_alone():
     torch.testing.assert_close(layer.base_layer.dequantised(torch.float32), quantised_weight(left, "nf4"))
 
 
-def test_the_head_and_the_embeddings_start_as_lora_does():
-    model = tiny.model()
-    recipe = AdapterRecipe(method="loftq", target_modules=("q_proj", "lm_head", "embed_tokens"), r=4)
-    adapter = inject.inject(model, plans.make(recipe, model, models.ends_of(model)))
-    for name, delta in adapter.deltas.items():
-        assert bool(delta.B.any()) == name.endswith("q_proj")
-        assert delta.A.any()
+@pytest.mark.parametrize("init", ["loftq", "lq", "lqer"])
+def test_what_is_not_quantised_starts_as_lora_does(init):
+    lookup = () if init == "lqer" else ("embed_tokens",)
+
+    def deltas(**how: Any) -> dict[str, Any]:
+        model = tiny.model()
+        recipe = AdapterRecipe(target_modules=("q_proj", "lm_head", *lookup), r=4, **how)
+        plan = plans.make(recipe, model, models.ends_of(model), quantize="nf4")
+        statistics = {spec.name: torch.eye(spec.in_features) for spec in plan.layers}
+        return inject.inject(model, plan, seed=3, statistics=statistics).deltas
+
+    plain, started = deltas(method="qlora"), deltas(init=init)
+    assert len(started) == 3 + bool(lookup) == len(plain)
+    for name, delta in started.items():
+        same = [torch.equal(delta.state_dict()[key], plain[name].state_dict()[key]) for key in ("A", "B")]
+        assert same == ([False, False] if name.endswith("q_proj") else [True, True])
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

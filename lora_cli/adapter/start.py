@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
+from lora_cli.adapter.delta import LowRank
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ class Start:
 def uniform(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Fill a tensor [rows, in] with U(-1/√in, 1/√in), as LoRA's authors do."""
     return nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
+
+
+def as_lora(delta: LowRank, start: Start) -> None:
+    """A ~ U(-1/√in, 1/√in), B = 0. For an embedding, whose input is one-hot, A = 0 and B ~ N(0, 1)."""
+    if delta.reads_ids:
+        nn.init.zeros_(delta.A)
+        nn.init.normal_(delta.B, generator=start.generator)
+        return
+    uniform(delta.A, start.generator)
+    nn.init.zeros_(delta.B)
 
 
 def thin(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,9 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start, thin
+from lora_cli.adapter.start import Start, as_lora, thin
 from lora_cli.recipe.schema import Section
 
 needs = {"base.quantized": "it starts as what quantising takes"}
@@ -33,9 +32,8 @@ class Settings(Section):
 
 def init(delta: LowRank, start: Start, rows: int) -> None:
     """s·B·A·S = SVD_r(E·S), S = √E[x²] on the diagonal; a layer that is not quantised starts as LoRA does."""
-    nn.init.kaiming_uniform_(delta.A, a=5**0.5, generator=start.generator)
-    nn.init.zeros_(delta.B)
     if start.quantised is None:
+        as_lora(delta, start)
         return
     assert start.statistic is not None
     size = start.statistic.diagonal().float().clamp(min=0).sqrt()
