@@ -674,6 +674,25 @@ def test_a_start_that_makes_up_for_quantising_needs_it(recipe, init):
         train(recipe(model={"name": "/nowhere/model", "quantize": "none"}, method="loftq"), SCREEN)
 
 
+@pytest.mark.parametrize(("method", "plain"), [("qlora", "lora"), ("qdora", "dora")])
+def test_a_method_that_is_named_after_its_few_bits_does_not_train_another_one_without_a_word(
+    recipe, method, plain, tiny_folder, tmp_path
+):
+    asked = recipe(method=method, model={"quantize": "none"})
+    for command in (train, lambda asked, screen: check(Loaded(asked, {}, "recipe"), screen, 0)):
+        with pytest.raises(
+            UserError, match=rf"{method} is for a base in few bits.*would be {plain}"
+        ) as caught:
+            command(asked, SCREEN)
+        assert f"adapter.method: {plain}" in caught.value.fix
+    stored = packed(tiny_folder, tmp_path / "packed", "nf4")
+    check(
+        Loaded(recipe(method=method, model={"name": str(stored), "quantize": "none"}), {}, "recipe"),
+        SCREEN,
+        0,
+    )
+
+
 def test_a_quantised_weight_is_not_written_to():
     with pytest.raises(UserError, match="cannot be written to"):
         View(quantised("nf4", plain_layer())).set_weight(torch.zeros(96, 128))

@@ -109,7 +109,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "model.dtype": Case("adapter", "bfloat16"),
     "model.quantize": (
         Case("adapter", "nf4"),
-        Case("adapter", "none", {"adapter.method": "qlora"}),
+        Case("refused", "none", {"adapter.method": "qlora"}, "would be lora"),
         Case("refused", "int8", {"adapter.lifecycle": "restart", "train.max_steps": 6}, "quantized"),
     ),
     "model.attention": (Case("screen", "eager"), Case("adapter", "eager", {"data.packing": False})),

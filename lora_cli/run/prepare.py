@@ -50,6 +50,7 @@ def check_method(recipe: Recipe) -> None:
             f"adapter.attention: {method.attention.name} stands in for sdpa, not for {recipe.model.attention}"
         )
         raise UserError(what, where="model.attention", fix="leave it out, or set sdpa")
+    _refuse_plain(recipe)
     if method.base is not None:
         parts.load("base", method.base.name).require()
         plans.check_in_full(adapter, quantised=True)
@@ -59,6 +60,22 @@ def check_method(recipe: Recipe) -> None:
     if method.base is not None and recipe.train.parallel == "fsdp":
         what, fix = "a quantised base is not shared out: each process has all of it", "leave it out"
         raise UserError(what, where="train.parallel: fsdp", fix=fix)
+
+
+def _refuse_plain(recipe: Recipe) -> None:
+    """Refuse to take back the few bits that a method is named after; what is stored in such has them anyway.
+
+    Raises:
+        UserError: with the name of what would be trained.
+    """
+    made_of = presets.PRESETS[recipe.adapter.method].parts
+    if "base" not in made_of or recipe.model.quantize != "none" or models.is_packed(recipe.model):
+        return
+    rest = {axis: part for axis, part in made_of.items() if axis != "base"}
+    plain = next((name for name, preset in presets.PRESETS.items() if preset.parts == rest), "another method")
+    what = f"{recipe.adapter.method} is for a base in few bits; on a plain one it would be {plain}"
+    fix = f"leave model.quantize out, or set adapter.method: {plain}"
+    raise UserError(what, where="model.quantize: none", fix=fix)
 
 
 def model_of(recipe: Recipe) -> ModelRecipe:
