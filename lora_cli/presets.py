@@ -100,6 +100,13 @@ PRESETS: dict[str, Preset] = {
         "bits by layer.",
         parts={"base": Part(name="nf4"), "init": Part(name="lq")},
     ),
+    "lq_lora_fisher": Preset(
+        title="LQ-LoRA whose thin matrix makes up first for what the loss feels most",
+        paper="arXiv:2311.12023",
+        when="As lq_lora, when the rows that are trained on are like those that matter: 32 of them are looked at "
+        "before the first step, with a gradient of every W.",
+        parts={"base": Part(name="nf4"), "init": Part(name="lq_fisher")},
+    ),
     "qa_lora": Preset(
         title="QA-LoRA: LoRA on sums of 32 inputs each, so that it merges into the zero points of a 4-bit base",
         paper="arXiv:2309.14717",

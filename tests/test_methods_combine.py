@@ -61,6 +61,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "init.gradient_frame": [{"rows": 4}, {"rows": 4, "size": 5e-3}],
     "init.loftq": [{}, {"iterations": 3}],
     "init.lq": [{"iterations": 2}],
+    "init.lq_fisher": [{"iterations": 2, "rows": 4}],
     "init.lqer": [{"rows": 4}],
     "init.lora_ga": [{"rows": 4}],
     "init.pissa": [{}, {"niter": 3}],

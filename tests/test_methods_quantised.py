@@ -19,6 +19,7 @@ from lora_cli.adapter import plan as plans
 from lora_cli.adapter.delta import LowRank, Place
 from lora_cli.adapter.plan import view_of
 from lora_cli.adapter.quantised import Quantised, View, digest, remainder
+from lora_cli.adapter.start import thin
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
 from lora_cli.presets import Method
@@ -39,7 +40,7 @@ from tests.training import kept_in_the_shape_of_w
 
 FORMATS = ("nf4", "int4", "int8")
 SCREEN = Screen()
-TAKING = ("pissa", "lq", "symmetric", "loftq")
+TAKING = ("pissa", "lq", "lq_fisher", "symmetric", "loftq")
 """Starts that take something off W0 before it is quantised."""
 
 
@@ -265,7 +266,8 @@ def start_of(init: str, format: str = "nf4", scale: float = 0.5, r: int = 8, **s
     method = Method(name="x", base=Part(format), init=Part(init, settings))
     spec = plans.LayerSpec("layer", "linear", 96, 64, r, scale * r, scale, 0)
     plan = plans.Plan(method, (spec,), quantised=("layer",))
-    adapter = inject.inject(model, plan, 0, {"layer": x.t() @ x / len(x)})
+    fisher = torch.cat([torch.logspace(-2, 2, 64), x.square().mean(0)])
+    adapter = inject.inject(model, plan, 0, {"layer": fisher if init == "lq_fisher" else x.t() @ x / len(x)})
     return W0, adapter.layers["layer"], x
 
 
@@ -278,7 +280,7 @@ def error_of(W0: Tensor, layer: Any, sizes: Tensor | float = 1.0) -> float:
     ("init", "settings"),
     [("loftq", {"iterations": t}) for t in (1, 2, 5)]
     + [("lq", {"iterations": t}) for t in (1, 5)]
-    + [("lqer", {})],
+    + [("lqer", {}), ("lq_fisher", {"iterations": 3})],
 )
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_a_start_that_makes_up_for_quantising_is_closer_to_w0_than_without(init, settings, format, scale):
@@ -308,15 +310,54 @@ def test_one_iteration_of_loftq_is_the_best_thin_approximation_of_the_error_of_t
     torch.testing.assert_close(layer.delta.A.norm() * 3.0**0.5, S[:8].sum().sqrt().float(), rtol=1e-4, atol=0)
 
 
-def test_an_iterate_that_is_worse_than_one_before_is_not_kept():
-    for init in ("loftq", "lq"):
-        errors = []
-        for iterations in range(1, 9):
-            torch.manual_seed(5)
-            W0, layer, _ = start_of(init, iterations=iterations)
-            errors.append(error_of(W0, layer))
-        assert errors == sorted(errors, reverse=True), f"{init}: more iterations never do worse"
-        assert errors[-1] < errors[0]
+@pytest.mark.parametrize("init", ["loftq", "lq", "lq_fisher"])
+def test_an_iterate_that_is_worse_than_one_before_is_not_kept(init):
+    errors = []
+    for iterations in range(1, 9):
+        torch.manual_seed(5)
+        W0, layer, x = start_of(init, iterations=iterations)
+        errors.append(error_as_started(W0, layer, fisher_sizes(x) if init == "lq_fisher" else 1.0))
+    assert errors == sorted(errors, reverse=True), "more iterations never do worse"
+    assert errors[-1] < errors[0]
+
+
+def fisher_sizes(x: Tensor) -> Tensor:
+    """What a weight of `start_of` counts, [out, in]: the root of a factor of its row times one of its column."""
+    return torch.logspace(-2, 2, 64).sqrt()[:, None] * x.square().mean(0).sqrt()
+
+
+def error_as_started(W0: Tensor, layer: Any, sizes: Tensor | float) -> float:
+    """‖(W0 − Q − s·B·A)·sizes‖, Q being what the codes say."""
+    Q, thin = layer.base_layer.dequantised(torch.float32), layer.delta.scale * layer.delta.B @ layer.delta.A
+    return torch.linalg.norm((W0 - Q - thin) * sizes).item()
+
+
+def test_lq_with_fisher_weights_is_better_than_lq_where_the_loss_feels_it_and_worse_elsewhere():
+    torch.manual_seed(3)
+    W0, weighted, x = start_of("lq_fisher")
+    torch.manual_seed(3)
+    same, plain, _ = start_of("lq")
+    assert torch.equal(W0, same)
+    sizes = fisher_sizes(x)
+    assert error_as_started(W0, weighted, sizes) < 0.9 * error_as_started(W0, plain, sizes)
+    assert error_as_started(W0, weighted, 1.0) > error_as_started(W0, plain, 1.0)
+
+
+def test_the_weighted_thin_part_is_where_no_step_makes_its_error_smaller():
+    W, rows, columns = (
+        torch.randn(20, 30).double(),
+        torch.rand(20, 1).double() + 0.1,
+        torch.rand(30).double() + 0.1,
+    )
+    B, A = (factor.requires_grad_() for factor in thin(W, 4, 0.7, rows, columns))
+    error = (rows * (W - 0.7 * B @ A) * columns).square().sum()
+    for gradient in torch.autograd.grad(error, (B, A)):
+        assert gradient.abs().max() < 1e-9, "it is a critical point"
+    S = torch.linalg.svdvals(rows * W * columns)
+    assert error.item() == pytest.approx(S[4:].square().sum().item(), rel=1e-9), "and the least of them"
+    equal = thin(W, 4, 0.7)
+    unweighted = (rows * (W - 0.7 * equal[0] @ equal[1]) * columns).square().sum()
+    assert error < 0.95 * unweighted
 
 
 def test_lqer_is_better_than_loftq_for_the_inputs_it_has_seen():
@@ -345,7 +386,7 @@ def test_pissa_on_a_quantised_base_is_closer_to_w0_than_quantising_alone():
     torch.testing.assert_close(layer.base_layer.dequantised(torch.float32), quantised_weight(left, "nf4"))
 
 
-@pytest.mark.parametrize("init", ["loftq", "lq", "lqer"])
+@pytest.mark.parametrize("init", ["loftq", "lq", "lq_fisher", "lqer"])
 def test_what_is_not_quantised_starts_as_lora_does(init):
     lookup = () if init == "lqer" else ("embed_tokens",)
 
@@ -353,7 +394,12 @@ def test_what_is_not_quantised_starts_as_lora_does(init):
         model = tiny.model()
         recipe = AdapterRecipe(target_modules=("q_proj", "lm_head", *lookup), r=4, **how)
         plan = plans.make(recipe, model, models.ends_of(model), quantize="nf4")
-        statistics = {spec.name: torch.eye(spec.in_features) for spec in plan.layers}
+        statistics = {
+            spec.name: torch.ones(spec.out_features + spec.in_features)
+            if init == "lq_fisher"
+            else torch.eye(spec.in_features)
+            for spec in plan.layers
+        }
         return inject.inject(model, plan, seed=3, statistics=statistics).deltas
 
     plain, started = deltas(method="qlora"), deltas(init=init)
@@ -399,6 +445,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int8": {"model": {"quantize": "int8"}},
     "int4": {"model": {"quantize": "int4"}},
     "qa_lora": {"method": "qa_lora"},
+    "lq, fisher": {"method": "lq_lora_fisher", "init": {"lq_fisher": {"rows": 8}}},
     "qpissa": {"method": "qlora", "init": "pissa"},
     "qpissa, dora": {"method": "qdora", "init": "pissa"},
     "loftq of its own base": {"method": "loftq", "init": {"loftq": {"iterations": 3}}},
@@ -468,7 +515,9 @@ def test_merging_onto_other_weights_needs_other_weights(recipe, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("case", ["qdora", "qpissa", "loftq of its own base", "int8", "qa_lora"])
+@pytest.mark.parametrize(
+    "case", ["qdora", "qpissa", "loftq of its own base", "int8", "qa_lora", "lq, fisher"]
+)
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(recipe, case, monkeypatch):
     whole = train(recipe("whole", **CASES[case]), SCREEN)
     with monkeypatch.context() as patched:
@@ -810,7 +859,7 @@ def test_conv1d_layers_come_back_as_conv1d(tmp_path):
         torch.testing.assert_close(language.model(x).logits, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["loftq", "lq", "lqer", "lora_ga"])
+@pytest.mark.parametrize("init", ["loftq", "lq", "lq_fisher", "lqer", "lora_ga"])
 def test_what_needs_the_original_weights_is_refused_where_there_are_none(recipe, init, tiny_folder, tmp_path):
     folder = packed(tiny_folder, tmp_path / "packed", "nf4")
     asked = recipe(model={"name": str(folder), "quantize": "none"}, init=init)
@@ -870,7 +919,7 @@ def test_what_writes_to_w_is_refused_before_anything_is_loaded(recipe, case):
             command(asked, SCREEN)
 
 
-@pytest.mark.parametrize("init", ["loftq", "lq", "lqer"])
+@pytest.mark.parametrize("init", ["loftq", "lq", "lq_fisher", "lqer"])
 def test_a_start_that_makes_up_for_quantising_needs_it(recipe, init):
     with pytest.raises(UserError, match=rf"init: {init}: needs base.quantized"):
         train(recipe(model={"name": "/nowhere/model"}, init=init), SCREEN)

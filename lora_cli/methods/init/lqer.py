@@ -6,11 +6,10 @@ for first. The base is q(W0), the same that any other adapter has.
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start, as_lora, thin
+from lora_cli.adapter.start import Start, as_lora, floored, thin
 from lora_cli.recipe.schema import Section
 
 needs = {"base.quantized": "it starts as what quantising takes"}
@@ -36,8 +35,8 @@ def init(delta: LowRank, start: Start, rows: int) -> None:
         as_lora(delta, start)
         return
     assert start.statistic is not None
-    size = start.statistic.diagonal().float().clamp(min=0).sqrt()
-    size = size.clamp(min=1e-4 * size.max() + torch.finfo(torch.float32).tiny)  # inputs that were never seen
-    B, A = thin((start.base.weight() - start.quantised(None)) * size, delta.A.shape[0], delta.scale)
+    size = floored(start.statistic.diagonal().float().clamp(min=0).sqrt())
+    error = start.base.weight() - start.quantised(None)
+    B, A = thin(error, delta.A.shape[0], delta.scale, columns=size)
     delta.B.copy_(B)
-    delta.A.copy_(A / size)
+    delta.A.copy_(A)
