@@ -668,6 +668,21 @@ def test_what_pooled_adds_goes_into_the_zero_points_alone(kind, dtype):
     assert torch.equal(again.zero, layer.zero + change)
 
 
+def test_llama_cpp_finds_the_trained_codes_in_the_merged_weights():
+    """Its Q4_1 has groups of 32 with a smallest value, too; scale and smallest value are in float16."""
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    base, delta = pooled(96)
+    merged = base.weight() + delta.weight()
+    stored = quantize(merged.numpy(), GGMLQuantizationType.Q4_1)
+    halves = torch.from_numpy(stored).view(50, 3, 20)[..., 4:]
+    codes = torch.cat([halves & 15, halves >> 4], -1)
+    ours = base.module.codes
+    assert torch.equal(codes, torch.stack([ours >> 4, ours & 15], -1).flatten(-2))
+    theirs = torch.from_numpy(dequantize(stored, GGMLQuantizationType.Q4_1))
+    torch.testing.assert_close(theirs, merged, rtol=2**-9, atol=2**-9 * merged.abs().max().item())
+
+
 @pytest.mark.parametrize(("targets", "learning_rate"), [("all-linear", 1e-2), (("q_proj", "down_proj"), 0.3)])
 def test_the_merged_model_in_int4_is_the_one_that_was_trained(
     recipe, folder_of_groups, targets, learning_rate, tmp_path
