@@ -85,6 +85,15 @@ def skeleton(recipe: ModelRecipe, device: str = "meta", **settings: Any) -> PreT
     return skeleton
 
 
+def is_packed(recipe: ModelRecipe) -> bool:
+    """Whether its files hold codes, not weights.
+
+    Raises:
+        UserError: there is no such model, or it is none that can be adapted.
+    """
+    return packed.format_of(_config(recipe)) is not None
+
+
 def refuse_packed(recipe: ModelRecipe) -> None:
     """Refuse a model that is stored quantised, where its weights are to be written anew.
 

@@ -100,6 +100,21 @@ PRESETS: dict[str, Preset] = {
         "bits by layer.",
         parts={"base": Part(name="nf4"), "init": Part(name="lq")},
     ),
+    "lq_lora_fisher": Preset(
+        title="LQ-LoRA whose thin matrix makes up first for what the loss feels most",
+        paper="arXiv:2311.12023",
+        when="As lq_lora, when the rows that are trained on are like those that matter: 32 of them are looked at "
+        "before the first step, with a gradient of every W.",
+        parts={"base": Part(name="nf4"), "init": Part(name="lq_fisher")},
+    ),
+    "qa_lora": Preset(
+        title="QA-LoRA: LoRA on sums of 32 inputs each, so that it merges into the zero points of a 4-bit base",
+        paper="arXiv:2309.14717",
+        when="When the merged model is to stay in 4 bits: `lora merge` writes plain weights, and "
+        "`model.quantize: int4` makes the trained codes and scales of them again. A has a 32nd of LoRA's numbers, so "
+        "more r is affordable.",
+        parts={"base": Part(name="int4"), "delta": Part(name="pooled"), "init": Part(name="own")},
+    ),
     "lqer": Preset(
         title="LQER: A and B start as what quantising took, weighted by what the layer's inputs use",
         paper="arXiv:2402.02446",

@@ -31,7 +31,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "model.name": WORD,
     "model.revision": or_null(WORD),
     "model.dtype": DTYPE,
-    "model.quantize": or_null(st.sampled_from(["none", "nf4", "int8"])),
+    "model.quantize": or_null(st.sampled_from(["none", "nf4", "int4", "int8"])),
     "model.attention": st.sampled_from(["auto", "eager", "sdpa", "flash_attention_2"]),
     "model.add_tokens": st.lists(WORD, max_size=2),
     "model.untie": FLAG,

@@ -281,9 +281,12 @@ def started(init: str, kind: str = "linear", delta: str = "lowrank", seed: int =
     begun = new_delta(delta, base)
     part = parts.load("init", init)
     rows = torch.randn(50, IN) * torch.linspace(1, 3, IN)
-    statistic = {"inputs": rows.t() @ rows / 50, "gradients": torch.randn(OUT, IN), None: None}[
-        getattr(part, "measures", None)
-    ]
+    statistic = {
+        "inputs": rows.t() @ rows / 50,
+        "gradients": torch.randn(OUT, IN),
+        "fisher": torch.rand(OUT + IN),
+        None: None,
+    }[getattr(part, "measures", None)]
     with torch.no_grad():
         start = Start(base, generator_of(seed, "layer"), statistic)
         part.init(begun, start, **parts.settings("init", Part(init)))

@@ -61,6 +61,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "init.gradient_frame": [{"rows": 4}, {"rows": 4, "size": 5e-3}],
     "init.loftq": [{}, {"iterations": 3}],
     "init.lq": [{"iterations": 2}],
+    "init.lq_fisher": [{"iterations": 2, "rows": 4}],
     "init.lqer": [{"rows": 4}],
     "init.lora_ga": [{"rows": 4}],
     "init.pissa": [{}, {"niter": 3}],
@@ -239,9 +240,11 @@ def drawn(axis: str, name: str, chance: random.Random) -> Combination:
     for more in chance.sample(BESIDE, chance.choice((0, 0, 1, 2))):
         beside |= more
     found = {axis: tuple(with_settings(axis, n, chance) for n in chosen[axis]) for axis in AXES}
-    needs = rules.stated("needs", axis, found[axis][-1]) if found[axis] else {}
-    if "base.quantized" in needs or chance.random() < 0.1:
-        found["base"] = (Part(chance.choice(("nf4", "int8"))),)
+    needs = {need for other in AXES for part in found[other] for need in rules.stated("needs", other, part)}
+    if "base.int4" in needs:
+        found["base"] = (Part("int4"),)
+    elif "base.quantized" in needs or chance.random() < 0.1:
+        found["base"] = (Part(chance.choice(("nf4", "int4", "int8"))),)
     return Combination(found, beside)
 
 

@@ -277,10 +277,26 @@ def test_measured_gradient_is_that_of_the_loss_per_trained_token(kind):
         assert distance(G, expected if kind == "llama" else expected.t()) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_measured_fisher_is_the_means_of_squared_gradients_of_single_rows(kind):
+    model, rows, chosen = tiny.model(kind), Rows(12), [7, 2, 5]
+    name = "model.layers.1.mlp.up_proj" if kind == "llama" else "transformer.h.1.mlp.c_fc"
+    (found,) = measured("fisher", model, rows, [name], chosen).values()
+    weight = model.get_submodule(name).weight
+    squared, tokens = torch.zeros_like(weight, dtype=torch.float64), 0
+    for number in chosen:
+        x = torch.tensor([rows[number].input_ids])
+        loss = nn.functional.cross_entropy(model(x).logits[0, :-1], x[0, 1:], reduction="sum")
+        squared += torch.autograd.grad(loss, weight)[0].double().square()
+        tokens += x.shape[1] - 1
+    squared = squared if kind == "llama" else squared.t()
+    assert distance(found, torch.cat([squared.mean(1), squared.mean(0)]) / tokens) < 1e-5
+
+
 def test_measuring_leaves_the_model_as_it_was():
     model, rows = tiny.model("llama").requires_grad_(False), Rows(3)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    for kind in ("inputs", "gradients"):
+    for kind in ("inputs", "gradients", "fisher"):
         measured(kind, model, rows, ["model.layers.0.self_attn.q_proj"], [0, 1])
     assert all(torch.equal(p, before[name]) and not p.requires_grad for name, p in model.named_parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from lora_cli import model as models
 from lora_cli import parts
@@ -18,6 +19,7 @@ from lora_cli.adapter import plan as plans
 from lora_cli.adapter.delta import LowRank, Place
 from lora_cli.adapter.plan import view_of
 from lora_cli.adapter.quantised import Quantised, View, digest, remainder
+from lora_cli.adapter.start import thin
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
 from lora_cli.presets import Method
@@ -36,9 +38,9 @@ from tests.adapters import ids
 from tests.test_train_run import stopped_after
 from tests.training import kept_in_the_shape_of_w
 
-FORMATS = ("nf4", "int8")
+FORMATS = ("nf4", "int4", "int8")
 SCREEN = Screen()
-TAKING = ("pissa", "lq", "symmetric", "loftq")
+TAKING = ("pissa", "lq", "lq_fisher", "symmetric", "loftq")
 """Starts that take something off W0 before it is quantised."""
 
 
@@ -104,7 +106,60 @@ def test_int8_is_off_by_half_a_step_of_its_row_at_most():
     assert ((dq - W).abs() <= W.abs().amax(1, keepdim=True) * (1 / 254 + 1e-6)).all()
 
 
-@pytest.mark.parametrize(("format", "bits"), [("nf4", 4 + 8 / 64 + 32 / (64 * 256)), ("int8", 8 + 32 / 512)])
+@pytest.mark.parametrize("shape", [(96, 128), (50, 34), (7, 33), (5, 7), (4, 1)])
+def test_int4_is_off_by_half_a_step_of_its_group_at_most_and_its_least_weight_is_exact(shape):
+    layer = plain_layer(*shape)
+    layer.weight[2] = 0.25
+    layer.weight[3] += 40.0
+    W, made = layer.weight, quantised("int4", layer)
+    dq, of_group = made.dequantised(torch.float32), torch.arange(shape[1]) // 32
+    assert dq.shape == W.shape
+    step = (
+        torch.stack([W[:, of_group == n].amax(1) - W[:, of_group == n].amin(1) for n in of_group.unique()], 1)
+        / 15
+    )
+    # steps are kept in bfloat16, so the largest weight of a group may be off by 15 times a 512th of one more
+    rounding = 2**-23 * W.abs()
+    assert ((dq - W).abs() <= (0.5 + 15 / 512) * step[:, of_group] + rounding).all()
+    for n in of_group.unique():
+        least = W[:, of_group == n].min(1)
+        assert torch.equal(dq[:, of_group == n].gather(1, least.indices[:, None])[:, 0], least.values)
+        assert torch.equal(made.zero[:, n], least.values)
+    assert torch.equal(dq[2], W[2]), "a group that is all the same is exact"
+
+
+def test_int4_is_scale_times_code_and_a_zero_point():
+    layer = plain_layer(6, 70, bias=False)
+    made = quantised("int4", layer)
+    codes = torch.stack([made.codes >> 4, made.codes & 15], -1).flatten(1)
+    assert made.codes.dtype is torch.uint8
+    assert codes.shape == (6, 96)
+    of_group = torch.arange(70) // 32
+    expected = codes[:, :70].double() * made.scale.double()[:, of_group] + made.zero.double()[:, of_group]
+    assert torch.equal(made.dequantised(torch.float32), expected.float())
+    whole = codes.view(6, 3, 32)
+    assert torch.equal(whole.amin(2), torch.zeros(6, 3, dtype=torch.uint8))
+    assert torch.equal(whole.amax(2), torch.full((6, 3), 15, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("size", [0.0, 0.02, 0.5])
+def test_int4_made_again_of_what_moved_by_groups_has_the_same_codes_and_scales(size):
+    layer = plain_layer(40, 80, bias=False)
+    first = quantised("int4", layer)
+    change = size * torch.randn(40, 3)
+    again = plain_layer(40, 80, bias=False)
+    again.weight.copy_(first.dequantised(torch.float32) + change[:, torch.arange(80) // 32])
+    second = quantised("int4", again)
+    assert torch.equal(second.codes, first.codes)
+    assert torch.equal(second.scale, first.scale)
+    assert torch.equal(second.zero, first.zero + change), "all of the change is in the zero points"
+    torch.testing.assert_close(second.dequantised(torch.float32), again.weight, rtol=2**-22, atol=2**-24)
+
+
+@pytest.mark.parametrize(
+    ("format", "bits"),
+    [("nf4", 4 + 8 / 64 + 32 / (64 * 256)), ("int4", 4 + (16 + 32) / 32), ("int8", 8 + 32 / 512)],
+)
 def test_a_layer_takes_the_bits_that_its_format_says(format, bits):
     layer = plain_layer(512, 512, bias=False)
     taken = sum(buffer.numel() * buffer.element_size() for buffer in quantised(format, layer).buffers())
@@ -211,7 +266,8 @@ def start_of(init: str, format: str = "nf4", scale: float = 0.5, r: int = 8, **s
     method = Method(name="x", base=Part(format), init=Part(init, settings))
     spec = plans.LayerSpec("layer", "linear", 96, 64, r, scale * r, scale, 0)
     plan = plans.Plan(method, (spec,), quantised=("layer",))
-    adapter = inject.inject(model, plan, 0, {"layer": x.t() @ x / len(x)})
+    fisher = torch.cat([torch.logspace(-2, 2, 64), x.square().mean(0)])
+    adapter = inject.inject(model, plan, 0, {"layer": fisher if init == "lq_fisher" else x.t() @ x / len(x)})
     return W0, adapter.layers["layer"], x
 
 
@@ -224,7 +280,7 @@ def error_of(W0: Tensor, layer: Any, sizes: Tensor | float = 1.0) -> float:
     ("init", "settings"),
     [("loftq", {"iterations": t}) for t in (1, 2, 5)]
     + [("lq", {"iterations": t}) for t in (1, 5)]
-    + [("lqer", {})],
+    + [("lqer", {}), ("lq_fisher", {"iterations": 3})],
 )
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_a_start_that_makes_up_for_quantising_is_closer_to_w0_than_without(init, settings, format, scale):
@@ -254,15 +310,54 @@ def test_one_iteration_of_loftq_is_the_best_thin_approximation_of_the_error_of_t
     torch.testing.assert_close(layer.delta.A.norm() * 3.0**0.5, S[:8].sum().sqrt().float(), rtol=1e-4, atol=0)
 
 
-def test_an_iterate_that_is_worse_than_one_before_is_not_kept():
-    for init in ("loftq", "lq"):
-        errors = []
-        for iterations in range(1, 9):
-            torch.manual_seed(5)
-            W0, layer, _ = start_of(init, iterations=iterations)
-            errors.append(error_of(W0, layer))
-        assert errors == sorted(errors, reverse=True), f"{init}: more iterations never do worse"
-        assert errors[-1] < errors[0]
+@pytest.mark.parametrize("init", ["loftq", "lq", "lq_fisher"])
+def test_an_iterate_that_is_worse_than_one_before_is_not_kept(init):
+    errors = []
+    for iterations in range(1, 9):
+        torch.manual_seed(5)
+        W0, layer, x = start_of(init, iterations=iterations)
+        errors.append(error_as_started(W0, layer, fisher_sizes(x) if init == "lq_fisher" else 1.0))
+    assert errors == sorted(errors, reverse=True), "more iterations never do worse"
+    assert errors[-1] < errors[0]
+
+
+def fisher_sizes(x: Tensor) -> Tensor:
+    """What a weight of `start_of` counts, [out, in]: the root of a factor of its row times one of its column."""
+    return torch.logspace(-2, 2, 64).sqrt()[:, None] * x.square().mean(0).sqrt()
+
+
+def error_as_started(W0: Tensor, layer: Any, sizes: Tensor | float) -> float:
+    """‖(W0 − Q − s·B·A)·sizes‖, Q being what the codes say."""
+    Q, thin = layer.base_layer.dequantised(torch.float32), layer.delta.scale * layer.delta.B @ layer.delta.A
+    return torch.linalg.norm((W0 - Q - thin) * sizes).item()
+
+
+def test_lq_with_fisher_weights_is_better_than_lq_where_the_loss_feels_it_and_worse_elsewhere():
+    torch.manual_seed(3)
+    W0, weighted, x = start_of("lq_fisher")
+    torch.manual_seed(3)
+    same, plain, _ = start_of("lq")
+    assert torch.equal(W0, same)
+    sizes = fisher_sizes(x)
+    assert error_as_started(W0, weighted, sizes) < 0.9 * error_as_started(W0, plain, sizes)
+    assert error_as_started(W0, weighted, 1.0) > error_as_started(W0, plain, 1.0)
+
+
+def test_the_weighted_thin_part_is_where_no_step_makes_its_error_smaller():
+    W, rows, columns = (
+        torch.randn(20, 30).double(),
+        torch.rand(20, 1).double() + 0.1,
+        torch.rand(30).double() + 0.1,
+    )
+    B, A = (factor.requires_grad_() for factor in thin(W, 4, 0.7, rows, columns))
+    error = (rows * (W - 0.7 * B @ A) * columns).square().sum()
+    for gradient in torch.autograd.grad(error, (B, A)):
+        assert gradient.abs().max() < 1e-9, "it is a critical point"
+    S = torch.linalg.svdvals(rows * W * columns)
+    assert error.item() == pytest.approx(S[4:].square().sum().item(), rel=1e-9), "and the least of them"
+    equal = thin(W, 4, 0.7)
+    unweighted = (rows * (W - 0.7 * equal[0] @ equal[1]) * columns).square().sum()
+    assert error < 0.95 * unweighted
 
 
 def test_lqer_is_better_than_loftq_for_the_inputs_it_has_seen():
@@ -291,13 +386,27 @@ def test_pissa_on_a_quantised_base_is_closer_to_w0_than_quantising_alone():
     torch.testing.assert_close(layer.base_layer.dequantised(torch.float32), quantised_weight(left, "nf4"))
 
 
-def test_the_head_and_the_embeddings_start_as_lora_does():
-    model = tiny.model()
-    recipe = AdapterRecipe(method="loftq", target_modules=("q_proj", "lm_head", "embed_tokens"), r=4)
-    adapter = inject.inject(model, plans.make(recipe, model, models.ends_of(model)))
-    for name, delta in adapter.deltas.items():
-        assert bool(delta.B.any()) == name.endswith("q_proj")
-        assert delta.A.any()
+@pytest.mark.parametrize("init", ["loftq", "lq", "lq_fisher", "lqer"])
+def test_what_is_not_quantised_starts_as_lora_does(init):
+    lookup = () if init == "lqer" else ("embed_tokens",)
+
+    def deltas(**how: Any) -> dict[str, Any]:
+        model = tiny.model()
+        recipe = AdapterRecipe(target_modules=("q_proj", "lm_head", *lookup), r=4, **how)
+        plan = plans.make(recipe, model, models.ends_of(model), quantize="nf4")
+        statistics = {
+            spec.name: torch.ones(spec.out_features + spec.in_features)
+            if init == "lq_fisher"
+            else torch.eye(spec.in_features)
+            for spec in plan.layers
+        }
+        return inject.inject(model, plan, seed=3, statistics=statistics).deltas
+
+    plain, started = deltas(method="qlora"), deltas(init=init)
+    assert len(started) == 3 + bool(lookup) == len(plain)
+    for name, delta in started.items():
+        same = [torch.equal(delta.state_dict()[key], plain[name].state_dict()[key]) for key in ("A", "B")]
+        assert same == ([False, False] if name.endswith("q_proj") else [True, True])
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -334,6 +443,9 @@ CASES: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora"},
     "qdora": {"method": "qdora"},
     "int8": {"model": {"quantize": "int8"}},
+    "int4": {"model": {"quantize": "int4"}},
+    "qa_lora": {"method": "qa_lora"},
+    "lq, fisher": {"method": "lq_lora_fisher", "init": {"lq_fisher": {"rows": 8}}},
     "qpissa": {"method": "qlora", "init": "pissa"},
     "qpissa, dora": {"method": "qdora", "init": "pissa"},
     "loftq of its own base": {"method": "loftq", "init": {"loftq": {"iterations": 3}}},
@@ -403,7 +515,9 @@ def test_merging_onto_other_weights_needs_other_weights(recipe, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("case", ["qdora", "qpissa", "loftq of its own base", "int8"])
+@pytest.mark.parametrize(
+    "case", ["qdora", "qpissa", "loftq of its own base", "int8", "qa_lora", "lq, fisher"]
+)
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(recipe, case, monkeypatch):
     whole = train(recipe("whole", **CASES[case]), SCREEN)
     with monkeypatch.context() as patched:
@@ -470,6 +584,195 @@ def test_a_plain_model_is_measured_as_the_recipe_keeps_it(recipe, tiny_folder, t
     )
     plain = evaluate(tiny_folder, written, ["model.quantize=none"], SCREEN)
     assert plain["base"]["loss"] != report["base"]["loss"]
+
+
+# ---- QA-LoRA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_of_groups(tmp_path: Path) -> Path:
+    """A tiny model with several groups of 32 inputs in a row, some of them short."""
+    sizes = {"hidden_size": 72, "intermediate_size": 80, "head_dim": 16}
+    tiny.model("llama", **sizes).save_pretrained(tmp_path / "groups")
+    tiny.tokenizer().save_pretrained(tmp_path / "groups")
+    return tmp_path / "groups"
+
+
+def pooled(width: int = 72, kind: type = nn.Linear, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(view of an int4 layer, ΔW with random factors)."""
+    plain = (kind(width, 50) if kind is nn.Linear else kind(50, width)).to(dtype).requires_grad_(False)
+    base = view_of(plain)[1]
+    layer = parts.load("base", "int4").quantise(base, base.weight())
+    delta = parts.load("delta", "pooled").make(Place(View(layer), 4, 0.7))
+    for parameter in (delta.A, delta.B):
+        nn.init.normal_(parameter, std=0.2)
+    return View(layer), delta
+
+
+@pytest.mark.parametrize("width", [32, 72, 96, 5])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooled_multiplies_sums_of_groups(width, kind, dtype):
+    base, delta = pooled(width, kind, dtype)
+    x, y = torch.randn(3, 7, width).to(dtype), torch.randn(3, 7, 50).to(dtype)
+    count = -(-width // 32)
+    assert delta.A.shape == (4, count)
+    sums = torch.stack([x[..., 32 * n : 32 * n + 32].double().sum(-1) for n in range(count)], -1)
+    expected = y.double() + 0.7 * sums @ delta.A.double().t() @ delta.B.double().t()
+    allowed = 2e-5 if dtype is torch.float32 else 0.05 * expected.abs().max().item()
+    torch.testing.assert_close(delta.add_to(y.clone(), x).double(), expected, rtol=0, atol=allowed)
+    W = delta.weight().double()
+    torch.testing.assert_close(x.double() @ W.t(), expected - y.double(), rtol=1e-4, atol=1e-4)
+    assert all(W[:, 32 * n : 32 * n + 32].sub(W[:, 32 * n, None]).any() == 0 for n in range(count))
+    live = delta.beside(base, x, x).double()
+    merged = base.replaced((base.weight() + delta.weight()), None if base.bias is None else base.bias.float())
+    expected = merged(x.float()).double()
+    allowed = 2e-5 if dtype is torch.float32 else 0.05 * expected.abs().max().item()
+    torch.testing.assert_close(live, expected, rtol=0, atol=allowed)
+
+
+def test_pooled_keeps_of_its_inputs_only_their_sums():
+    _, delta = pooled(96)
+    kept: list[Tensor] = []
+    x = torch.randn(5, 96)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        delta.add_to(torch.zeros(5, 50, requires_grad=True) * 1, x)
+    assert all(tensor.shape[-1] != 96 for tensor in kept)
+    assert any(tensor.shape == (5, 3) for tensor in kept)
+
+
+def test_pooled_starts_with_rows_as_long_as_those_of_lora():
+    delta = parts.load("delta", "pooled").make(Place(view_of(plain_layer(50, 6400))[1], 64, 1.0))
+    with torch.no_grad():
+        delta.start(torch.Generator().manual_seed(0))
+    assert delta.down().std().item() == pytest.approx(6400**-0.5 / 3**0.5, rel=0.03)
+    assert not delta.B.any()
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_pooled_adds_goes_into_the_zero_points_alone(kind, dtype):
+    base, delta = pooled(80, kind, dtype)
+    layer, of_group = base.module, torch.arange(80) // 32
+    change = delta.weight()[:, ::32]
+    codes = torch.stack([layer.codes >> 4, layer.codes & 15], -1).flatten(1)[:, :80]
+    exact = (
+        codes.double() * layer.scale.double()[:, of_group]
+        + (layer.zero.double() + change.double())[:, of_group]
+    )
+    merged = base.weight() + delta.weight()
+    torch.testing.assert_close(merged.double(), exact, rtol=2**-22, atol=2**-23 * exact.abs().max().item())
+    again = parts.load("base", "int4").quantise(layer.plain, merged)
+    assert torch.equal(again.codes, layer.codes)
+    assert torch.equal(again.scale, layer.scale)
+    assert torch.equal(again.zero, layer.zero + change)
+
+
+def test_llama_cpp_finds_the_trained_codes_in_the_merged_weights():
+    """Its Q4_1 has groups of 32 with a smallest value, too; scale and smallest value are in float16."""
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    base, delta = pooled(96)
+    merged = base.weight() + delta.weight()
+    stored = quantize(merged.numpy(), GGMLQuantizationType.Q4_1)
+    halves = torch.from_numpy(stored).view(50, 3, 20)[..., 4:]
+    codes = torch.cat([halves & 15, halves >> 4], -1)
+    ours = base.module.codes
+    assert torch.equal(codes, torch.stack([ours >> 4, ours & 15], -1).flatten(-2))
+    theirs = torch.from_numpy(dequantize(stored, GGMLQuantizationType.Q4_1))
+    torch.testing.assert_close(theirs, merged, rtol=2**-9, atol=2**-9 * merged.abs().max().item())
+
+
+@pytest.mark.parametrize(("targets", "learning_rate"), [("all-linear", 1e-2), (("q_proj", "down_proj"), 0.3)])
+def test_the_merged_model_in_int4_is_the_one_that_was_trained(
+    recipe, folder_of_groups, targets, learning_rate, tmp_path
+):
+    asked = recipe(method="qa_lora", model={"name": str(folder_of_groups)}, target_modules=targets)
+    asked = asked.model_copy(
+        update={"train": asked.train.model_copy(update={"learning_rate": learning_rate})}
+    )
+    folder = train(asked, SCREEN)
+    live = logits_of(folder)
+    trained = open_model([folder]).language.model
+    report = merge(folder, tmp_path / "merged", None, SCREEN)
+    assert all(report["codes_kept"].values())
+    again = open_model([tmp_path / "merged"], quantize="int4").language.model
+    before = {n.replace(".base_layer", ""): m for n, m in trained.named_modules() if isinstance(m, Quantised)}
+    after = {n: m for n, m in again.named_modules() if isinstance(m, Quantised)}
+    assert before.keys() == after.keys()
+    moved = [not torch.equal(layer.zero, after[name].zero) for name, layer in before.items()]
+    assert sum(moved) == len(report["codes_kept"])
+    for name, layer in before.items():
+        assert torch.equal(layer.codes, after[name].codes)
+        assert torch.equal(layer.scale, after[name].scale)
+    with torch.no_grad():
+        found = again(torch.arange(5, 60)[None]).logits
+    assert probe.distance(found, live) < 1e-5
+    with torch.no_grad():
+        base = (
+            open_model([folder_of_groups], quantize="int4").language.model(torch.arange(5, 60)[None]).logits
+        )
+    assert probe.distance(found, base) > 1e-2, "something was learned"
+
+
+def test_what_another_adapter_adds_does_not_keep_the_codes_and_nobody_says_so(
+    recipe, folder_of_groups, tmp_path
+):
+    folder = train(recipe(model={"name": str(folder_of_groups), "quantize": "int4"}), SCREEN)
+    assert "codes_kept" not in merge(folder, tmp_path / "merged", None, SCREEN)
+    again = open_model([tmp_path / "merged"], quantize="int4").language.model
+    before = open_model([folder]).language.model
+    codes = {
+        n.replace(".base_layer", ""): m.codes for n, m in before.named_modules() if isinstance(m, Quantised)
+    }
+    after = {n: m.codes for n, m in again.named_modules() if isinstance(m, Quantised)}
+    assert not all(torch.equal(codes[name], after[name]) for name in codes)
+
+
+def test_rounding_that_moves_codes_is_told(recipe, folder_of_groups, tmp_path, capsys):
+    """A change so large that a step of bfloat16 is as wide as one of the codes."""
+    asked = recipe(method="qa_lora", model={"name": str(folder_of_groups)})
+    asked = asked.model_copy(update={"train": asked.train.model_copy(update={"learning_rate": 3.0})})
+    folder = train(asked, SCREEN)
+    capsys.readouterr()
+    kept = merge(folder, tmp_path / "merged", "bfloat16", SCREEN)["codes_kept"]
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert not all(kept.values())
+    assert f"{sum(kept.values())} of {len(kept)} adapted layers" in said
+    assert "--dtype float32 keeps all" in said
+    assert all(merge(folder, tmp_path / "again", "float32", SCREEN)["codes_kept"].values())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+def test_pooled_needs_zero_points(recipe, quantize):
+    with pytest.raises(UserError, match=r"delta: pooled: needs base\.int4"):
+        train(recipe(method="qa_lora", model={"name": "/nowhere/model", "quantize": quantize}), SCREEN)
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lq_lora", "pissa"])
+def test_a_slow_start_is_counted_layer_by_layer(recipe, method, monkeypatch):
+    counted: list[tuple[str, int, list[int]]] = []
+
+    class Counted:
+        def __init__(self, console: Any, what: str, total: int) -> None:
+            counted.append((what, total, []))
+
+        def __enter__(self) -> "Counted":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def advance(self, count: int) -> None:
+            counted[-1][2].append(count)
+
+    monkeypatch.setattr("lora_cli.progress.Counter", Counted)
+    train(recipe(method=method, target_modules=("q_proj", "lm_head")), SCREEN)
+    started = [(total, done) for what, total, done in counted if what == "starting layers"]
+    total = 3 if method == "pissa" else 15
+    assert started == [(total, [1] * total)]
 
 
 # ---- other tools ----------------------------------------------------------------------------------------------------
@@ -571,7 +874,7 @@ def test_conv1d_layers_come_back_as_conv1d(tmp_path):
         torch.testing.assert_close(language.model(x).logits, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["loftq", "lq", "lqer", "lora_ga"])
+@pytest.mark.parametrize("init", ["loftq", "lq", "lq_fisher", "lqer", "lora_ga"])
 def test_what_needs_the_original_weights_is_refused_where_there_are_none(recipe, init, tiny_folder, tmp_path):
     folder = packed(tiny_folder, tmp_path / "packed", "nf4")
     asked = recipe(model={"name": str(folder), "quantize": "none"}, init=init)
@@ -631,12 +934,31 @@ def test_what_writes_to_w_is_refused_before_anything_is_loaded(recipe, case):
             command(asked, SCREEN)
 
 
-@pytest.mark.parametrize("init", ["loftq", "lq", "lqer"])
+@pytest.mark.parametrize("init", ["loftq", "lq", "lq_fisher", "lqer"])
 def test_a_start_that_makes_up_for_quantising_needs_it(recipe, init):
     with pytest.raises(UserError, match=rf"init: {init}: needs base.quantized"):
         train(recipe(model={"name": "/nowhere/model"}, init=init), SCREEN)
     with pytest.raises(UserError, match=r"needs base\.quantized"):
         train(recipe(model={"name": "/nowhere/model", "quantize": "none"}, method="loftq"), SCREEN)
+
+
+@pytest.mark.parametrize(("method", "plain"), [("qlora", "lora"), ("qdora", "dora")])
+def test_a_method_that_is_named_after_its_few_bits_does_not_train_another_one_without_a_word(
+    recipe, method, plain, tiny_folder, tmp_path
+):
+    asked = recipe(method=method, model={"quantize": "none"})
+    for command in (train, lambda asked, screen: check(Loaded(asked, {}, "recipe"), screen, 0)):
+        with pytest.raises(
+            UserError, match=rf"{method} is for a base in few bits.*would be {plain}"
+        ) as caught:
+            command(asked, SCREEN)
+        assert f"adapter.method: {plain}" in caught.value.fix
+    stored = packed(tiny_folder, tmp_path / "packed", "nf4")
+    check(
+        Loaded(recipe(method=method, model={"name": str(stored), "quantize": "none"}), {}, "recipe"),
+        SCREEN,
+        0,
+    )
 
 
 def test_a_quantised_weight_is_not_written_to():

@@ -39,6 +39,7 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "eva": {"init": {"eva": {"rho": 2.0, "rows": 8}}},
     "corda": {"init": {"corda": {"rows": 8}}},
     "longlora": {"attention": {"shifted": {"groups": 2}}},
+    "lq_lora_fisher": {"init": {"lq_fisher": {"rows": 8}}},
     "lora_ga": {"init": {"lora_ga": {"rows": 8}}, "r": 2},
     "fourierft": {"r": 64},
     "deep_lora": {"init": {"gradient_frame": {"rows": 8}}},

@@ -109,7 +109,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "model.dtype": Case("adapter", "bfloat16"),
     "model.quantize": (
         Case("adapter", "nf4"),
-        Case("adapter", "none", {"adapter.method": "qlora"}),
+        Case("refused", "none", {"adapter.method": "qlora"}, "would be lora"),
         Case("refused", "int8", {"adapter.lifecycle": "restart", "train.max_steps": 6}, "quantized"),
     ),
     "model.attention": (Case("screen", "eager"), Case("adapter", "eager", {"data.packing": False})),
@@ -262,6 +262,12 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "adapter.init.lora_ga.rows": Case("adapter", {"lora_ga": {"rows": 8}}, {"adapter.init": "lora_ga"}),
     "adapter.init.lora_ga.gamma": Case("adapter", {"lora_ga": {"gamma": 4.0}}, {"adapter.init": "lora_ga"}),
     "adapter.init.loftq.iterations": Case("adapter", {"loftq": {"iterations": 3}}, {"adapter.method": "loftq"}),
+    "adapter.init.lq_fisher.iterations": Case(
+        "adapter", {"lq_fisher": {"iterations": 1}}, {"adapter.method": "lq_lora_fisher"}
+    ),
+    "adapter.init.lq_fisher.rows": Case(
+        "adapter", {"lq_fisher": {"rows": 4}}, {"adapter.method": "lq_lora_fisher"}
+    ),
     "adapter.init.lq.iterations": Case("adapter", {"lq": {"iterations": 1}}, {"adapter.method": "lq_lora"}),
     "adapter.init.lqer.rows": Case("adapter", {"lqer": {"rows": 4}}, {"adapter.method": "lqer"}),
     "adapter.init.pissa.niter": Case("adapter", {"pissa": {"niter": 1}}, {"adapter.init": "pissa"}),

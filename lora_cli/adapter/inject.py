@@ -137,6 +137,7 @@ def inject(
     statistics: Mapping[str, Tensor] | None = None,
     shared: Shared | None = None,
     taken: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Adapter:
     """Freeze the model, wrap the planned layers, draw the first ΔW, quantise W0, and return the active adapter.
 
@@ -147,6 +148,7 @@ def inject(
         statistics: layer -> what the init asked to be measured of it.
         taken: layer -> (B, A) of what a saved adapter was started with, in place of what an init would take off W0.
         shared: what the layers have in common with others, where the plan is a part of a larger one.
+        advance: told how many more of `Plan.touched` are done.
     """
     model.requires_grad_(False)
     shared = shared or shared_of(plan, seed)
@@ -156,9 +158,10 @@ def inject(
     for spec in plan.layers:
         delta = _start(model, spec, plan, seed, shared, found.get(spec.name), taken.get(spec.name))
         layers[spec.name] = _wrap(model, spec, plan, delta)
-    for name in plan.quantised:
-        if name not in layers:
-            _quantise(model, name, plan)
+        advance(1)
+    for name in plan.touched[len(layers) :]:
+        _quantise(model, name, plan)
+        advance(1)
     adapter = Adapter(model, plan, layers, _new_rows(model, plan), shared=shared.tensors, codes=digest(model))
     adapter.originals = {each: _get(model, each) for each in plan.also}
     adapter.also = _copies(adapter.originals, plan.ends.tied)

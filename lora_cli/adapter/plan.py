@@ -75,6 +75,11 @@ class Plan:
     """Whether something is taken off W0 before, which belongs to the adapter."""
 
     @property
+    def touched(self) -> tuple[str, ...]:
+        """The adapted layers, then those that are only quantised."""
+        return tuple(dict.fromkeys([*(spec.name for spec in self.layers), *self.quantised]))
+
+    @property
     def shared(self) -> dict[str, Shape]:
         """Tensors that several layers have in common, each as large as the largest of its layers asks for."""
         delta = parts.load("delta", self.method.delta.name)

@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from lora_cli.adapter.base import SIGNS, Base, signs
 from lora_cli.errors import ExitCode, UserError
 
+GROUP = 32
+"""Inputs that share a scale and a zero point, in formats that have such."""
+
 
 class Quantised(nn.Module, ABC):
     """y = W0'·x + b. A subclass keeps the codes in buffers, and multiplies them out."""
@@ -42,7 +45,7 @@ class Quantised(nn.Module, ABC):
 
     @abstractmethod
     def adopt(self, layer: nn.Module) -> None:
-        """Take over codes and bias of a layer of bitsandbytes."""
+        """Take over codes and bias of a layer of bitsandbytes, which is asked for where that has the format."""
 
     def forward(self, x: Tensor) -> Tensor:
         """W0'·x + b."""

@@ -16,10 +16,11 @@ PER_WEIGHT = {
     "float16": 2.0,
     "float32": 4.0,
     "int8": 1.0 + 4 / 4096,
+    "int4": 5.5 / 8,
     "nf4": 4.127 / 8,
 }
 """Bytes of a stored weight. int8: a float32 scale a row, of about 4,096 weights. nf4: 4 bits, and 8 for a block of 64,
-and 32 for each 256 of these. arXiv:2305.14314"""
+and 32 for each 256 of these. arXiv:2305.14314 int4: 4 bits, and 48 for a group of 32."""
 
 
 @dataclass(frozen=True)

@@ -186,10 +186,11 @@ class ModelRecipe(Section):
         description="How the base is stored in memory; auto: bfloat16 on GPUs that have it, and on CPUs that have it "
         "where the model's files are bfloat16 too; else float32.",
     )
-    quantize: Literal["none", "nf4", "int8"] | None = Field(
+    quantize: Literal["none", "nf4", "int4", "int8"] | None = Field(
         default=None,
-        description="Keep the weights of linear layers, but the output head, in few bits: nf4 (4.13 bits a weight) or "
-        "int8; they are quantised after the start of A and B. Default: the method's, none for most.",
+        description="Keep the weights of linear layers, but the output head, in few bits: nf4 (4.13 bits a weight), "
+        "int4 (5.5, with zero points) or int8; they are quantised after the start of A and B. Default: the method's, "
+        "none for most.",
         examples=["nf4"],
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(

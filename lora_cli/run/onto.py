@@ -40,7 +40,8 @@ def report(weights: Weights, onto: Onto) -> dict[str, Any]:
     errors = weights.errors.values()
     if not errors:
         return {"onto": onto} if onto == "original" else {}
-    return {"onto": onto, "quantisation_error": median(errors), "quantisation_errors": dict(weights.errors)}
+    found = {"onto": onto, "quantisation_error": median(errors), "quantisation_errors": dict(weights.errors)}
+    return found | ({"codes_kept": dict(weights.recoded)} if weights.recoded else {})
 
 
 def show(found: dict[str, Any], screen: Screen) -> None:
@@ -51,6 +52,12 @@ def show(found: dict[str, Any], screen: Screen) -> None:
             f"{found['quantisation_error']:.1%} away from the original ones (median of the layers); "
             "--onto original takes those"
         )
+        if kept := found.get("codes_kept"):
+            screen.note(
+                f"only zero points have moved: {sum(kept.values())} of {len(kept)} adapted layers, quantised to int4 "
+                "again from what is written, have the codes that they were trained with"
+                + ("" if all(kept.values()) else "; --dtype float32 keeps all")
+            )
     elif "onto" in found:
         screen.warn(
             "onto the original weights: another model than the one that was trained, on quantised ones"

@@ -21,6 +21,7 @@ from lora_cli.data.pack import check_isolation, epoch_order
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES, LanguageModel
 from lora_cli.recipe.schema import ModelRecipe, Recipe, TrainRecipe
+from lora_cli.screen import Screen
 from lora_cli.train import optim
 from lora_cli.train.loop import Training
 from lora_cli.train.measure import measure
@@ -49,6 +50,7 @@ def check_method(recipe: Recipe) -> None:
             f"adapter.attention: {method.attention.name} stands in for sdpa, not for {recipe.model.attention}"
         )
         raise UserError(what, where="model.attention", fix="leave it out, or set sdpa")
+    _refuse_plain(recipe)
     if method.base is not None:
         parts.load("base", method.base.name).require()
         plans.check_in_full(adapter, quantised=True)
@@ -58,6 +60,22 @@ def check_method(recipe: Recipe) -> None:
     if method.base is not None and recipe.train.parallel == "fsdp":
         what, fix = "a quantised base is not shared out: each process has all of it", "leave it out"
         raise UserError(what, where="train.parallel: fsdp", fix=fix)
+
+
+def _refuse_plain(recipe: Recipe) -> None:
+    """Refuse to take back the few bits that a method is named after; what is stored in such has them anyway.
+
+    Raises:
+        UserError: with the name of what would be trained.
+    """
+    made_of = presets.PRESETS[recipe.adapter.method].parts
+    if "base" not in made_of or recipe.model.quantize != "none" or models.is_packed(recipe.model):
+        return
+    rest = {axis: part for axis, part in made_of.items() if axis != "base"}
+    plain = next((name for name, preset in presets.PRESETS.items() if preset.parts == rest), "another method")
+    what = f"{recipe.adapter.method} is for a base in few bits; on a plain one it would be {plain}"
+    fix = f"leave model.quantize out, or set adapter.method: {plain}"
+    raise UserError(what, where="model.quantize: none", fix=fix)
 
 
 def model_of(recipe: Recipe) -> ModelRecipe:
@@ -139,9 +157,9 @@ def check_fit(model: PreTrainedModel, datasets: Datasets) -> None:
 
 
 def training(
-    recipe: Recipe, language: LanguageModel, datasets: Datasets, accelerator: Accelerator
+    recipe: Recipe, language: LanguageModel, datasets: Datasets, accelerator: Accelerator, screen: Screen
 ) -> Training:
-    """Inject the adapter, make the optimizer, and put the model in training mode."""
+    """Inject the adapter, make the optimizer, and put the model in training mode; `screen` shows how far it is."""
     plan = plan_for(recipe, language)
     check_fit(language.model, datasets)
     precision = precision_of(recipe, language.model, accelerator.device)
@@ -149,7 +167,8 @@ def training(
     shared = shares_out(recipe, accelerator)
     if shared:
         files.note_signs(language.model, plan)
-    adapter = inject(language.model, plan, recipe.train.seed, statistics)
+    with screen.counting("starting layers", len(plan.touched)) as counter:
+        adapter = inject(language.model, plan, recipe.train.seed, statistics, advance=counter.advance)
     if plan.quantised:
         language.model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     shares = share_out(language.model, adapter, accelerator) if shared else None

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_cli import parts
 from lora_cli import stored as on_disk
 from lora_cli.adapter import inject
 from lora_cli.adapter.delta import Shared
@@ -186,9 +187,12 @@ def _value(work: Rewriting, name: str) -> Tensor:
 def _merge(work: Rewriting, piece: Piece) -> None:
     model = work.weights.language.model
     made = merged(model, piece, work.saved, work.weights.onto, work.shared)
+    keeps_codes = hasattr(parts.load("delta", piece.plan.method.delta.name), "KEEPS_CODES")
     for name in piece.parameters:
         stored = inject.rounded(made.after[name], _dtype(work, name), name.removesuffix(".weight"))
         work.ready[name] = stored
+        if keeps_codes:
+            work.weights.compare_codes(name, stored)
         for label in (label for label, of in made.losing.items() if of == name):
             work.lost[label] = inject.lost_by(stored, made.after[name], made.before[name])
             work.errors[label] = made.error

@@ -59,7 +59,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
             fitting = fit.fitted(recipe, language, datasets, accelerator, screen)
             if quantise := prepare.model_of(recipe).quantize:
                 screen.note(f"quantising the base to {quantise}, layer by layer; some starts take minutes")
-            run = prepare.training(fitting.recipe, language, datasets, accelerator)
+            run = prepare.training(fitting.recipe, language, datasets, accelerator, screen)
             fitting.apply(run)
             story = Story(recipe, screen, folder, language, datasets, run, Progress())
             story.go_on() if resume else folder.cut_log(0, 0)

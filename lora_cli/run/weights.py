@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_cli import model as models
 from lora_cli.adapter import inject
+from lora_cli.adapter.base import Base
 from lora_cli.adapter.plan import view_of
 from lora_cli.adapter.quantised import View
 from lora_cli.model import LanguageModel
@@ -35,18 +36,35 @@ class Weights(Mapping[str, Tensor]):
     """Layer -> (B, A) of what was added to them before."""
     errors: dict[str, float] = field(default_factory=dict[str, float])
     """Layer -> ‖W0' − W0‖ / ‖W0‖: what quantising took, of those that were asked for."""
+    recoded: dict[str, bool] = field(default_factory=dict[str, bool])
+    """Layer -> whether what was written in its place, quantised again, has the codes that W0' has."""
 
     def onto(self, name: str) -> Tensor:
         """What ΔW is added to, float32: the base as it is stored, exactly, or as it was trained with."""
         W, layer = self[name].float(), name.rpartition(".")[0]
         if name not in self.quantised or self.base is None:
             return W
-        view = view_of(self.language.model.get_submodule(layer))
-        assert view is not None, "only layers that can be adapted are quantised"
-        base = view[1]
+        base = self._view(layer)
         made = inject.quantised(base, base.oriented(W), self.base, self.taken.get(layer))
         self.errors[layer] = made.error
         return base.oriented(View(made).weight()).contiguous()
+
+    def compare_codes(self, name: str, written: Tensor) -> None:
+        """Note whether what is written in the place of a quantised weight still has its codes."""
+        layer = name.rpartition(".")[0]
+        if name not in self.quantised or self.base is None:
+            return
+        base = self._view(layer)
+        weights = (self[name], self.taken.get(layer)), (written, None)
+        before, after = (
+            inject.quantised(base, base.oriented(W.float()), self.base, taken) for W, taken in weights
+        )
+        self.recoded[layer] = torch.equal(before.get_buffer("codes"), after.get_buffer("codes"))
+
+    def _view(self, layer: str) -> Base:
+        view = view_of(self.language.model.get_submodule(layer))
+        assert view is not None, "only layers that can be adapted are quantised"
+        return view[1]
 
     def __getitem__(self, name: str) -> Tensor:
         """As it is stored, with rows for new tokens as they were when training began."""

@@ -1,4 +1,4 @@
-"""What methods ask to know on training rows: of a layer how its inputs vary or the gradient of its W; the loss."""
+"""What methods ask to know on training rows: of a layer how its inputs or its gradients vary; the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,7 +30,9 @@ def measure(
     """Layer -> what is asked for, float32; the model is left as it was, but for no gradient being kept.
 
     Args:
-        kind: `inputs`: E[x·xᵀ] over all tokens, [in, in]; `gradients`: of the loss per trained token, [out, in].
+        kind: `inputs`: E[x·xᵀ] over all tokens, [in, in]; `gradients`: of the loss per trained token, [out, in];
+            `fisher`: means of its rows, then of its columns, of what each training row's gradient is squared, summed
+            over these per trained token, [out + in].
         model: plain, or with an active adapter; it computes in the mode it is in.
         bases: the layers, by name.
         examples: the training examples.
@@ -41,9 +43,9 @@ def measure(
     Raises:
         UserError: what was measured is not finite.
     """
-    measured = _Inputs(model, bases) if kind == "inputs" else _Gradients(bases)
+    measured = _Inputs(model, bases) if kind == "inputs" else _Gradients(bases, SEEN[kind])
     device = next(model.parameters()).device
-    tokens = int((examples.trained_counts if kind == "gradients" else examples.lengths)[list(rows)].sum())
+    tokens = int((examples.lengths if kind == "inputs" else examples.trained_counts)[list(rows)].sum())
     batches = micro_batches(examples, rows, max_tokens=None, max_rows=1, packing=False, pad_id=pad_id)
     with computing(model, precision):
         loss = Loss.of(model)
@@ -105,12 +107,12 @@ class _Inputs:
 
 
 class _Gradients:
-    """Σ ∂L/∂W, by letting the W of each layer require a gradient for a while."""
+    """Σ of what is seen of ∂L/∂W, by letting the W of each layer require a gradient for a while."""
 
-    def __init__(self, bases: Mapping[str, Base]) -> None:
-        self.bases = bases
+    def __init__(self, bases: Mapping[str, Base], seen: Callable[[Tensor], Tensor]) -> None:
+        self.bases, self.seen = bases, seen
         self.totals = {
-            name: torch.zeros(base.out_features, base.in_features, device=base.device)
+            name: seen(torch.zeros(base.out_features, base.in_features, device=base.device))
             for name, base in bases.items()
         }
 
@@ -130,4 +132,16 @@ class _Gradients:
             found = torch.autograd.grad(forward(), weights, allow_unused=True)
         for (name, base), gradient in zip(self.bases.items(), found, strict=True):
             if gradient is not None:
-                self.totals[name] += base.oriented(gradient).float()
+                self.totals[name] += self.seen(base.oriented(gradient).float())
+
+
+def _squared_means(gradient: Tensor) -> Tensor:
+    squared = gradient.square()
+    return torch.cat([squared.mean(1), squared.mean(0)])
+
+
+SEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gradients": lambda gradient: gradient,
+    "fisher": _squared_means,
+}
+"""What is summed of the gradient [out, in] of one training row."""

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start, thin
+from lora_cli.adapter.start import Start, as_lora, thin
 from lora_cli.recipe.schema import Section
 
 needs = {"base.quantized": "it starts as what quantising takes"}
@@ -30,9 +30,8 @@ class Settings(Section):
 
 def init(delta: LowRank, start: Start, iterations: int) -> None:
     """A layer that is not quantised, as the embeddings, starts as LoRA does."""
-    nn.init.kaiming_uniform_(delta.A, a=5**0.5, generator=start.generator)
-    nn.init.zeros_(delta.B)
     if start.quantised is None:
+        as_lora(delta, start)
         return
     W0, smallest = start.base.weight(), float("inf")
     taken: tuple[Tensor, Tensor] | None = None

@@ -1,17 +1,15 @@
 """lq: W0 = Q + s·B·A, the thin part taken off first and the rest quantised, in turn. LQ-LoRA, arXiv:2311.12023
 
 s·B·A of W0 − Q, then Q = q(W0 − s·B·A), beginning with Q = 0, which is QPiSSA. The best of these pairs is kept, which
-need not be the last. Q goes with this adapter alone.
+need not be the last. Q goes with this adapter alone. `lq_fisher` is the same with errors weighted by the data.
 """
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start, thin
+from lora_cli.adapter.start import Start, as_lora, decompose
 from lora_cli.recipe.schema import Section
 
 needs = {"base.quantized": "without it nothing is left to be made up for: see pissa"}
@@ -29,18 +27,7 @@ class Settings(Section):
 
 def init(delta: LowRank, start: Start, iterations: int) -> None:
     """A layer that is not quantised, as the embeddings, starts as LoRA does."""
-    nn.init.kaiming_uniform_(delta.A, a=5**0.5, generator=start.generator)
-    nn.init.zeros_(delta.B)
     if start.quantised is None:
+        as_lora(delta, start)
         return
-    W0, smallest = start.base.weight(), float("inf")
-    left = W0
-    for _ in range(iterations):
-        B, A = thin(left, delta.A.shape[0], delta.scale)
-        left = W0 - start.quantised((-delta.scale * B, A))
-        error = torch.linalg.norm(left - delta.scale * B @ A).item()
-        if error < smallest:
-            smallest = error
-            delta.B.copy_(B)
-            delta.A.copy_(A)
-    delta.subtract_start()
+    decompose(delta, start, iterations)

@@ -6,12 +6,10 @@ for first. The base is q(W0), the same that any other adapter has.
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from lora_cli.adapter.delta import LowRank
-from lora_cli.adapter.start import Start, thin
+from lora_cli.adapter.start import Start, as_lora, floored, thin
 from lora_cli.recipe.schema import Section
 
 needs = {"base.quantized": "it starts as what quantising takes"}
@@ -33,13 +31,12 @@ class Settings(Section):
 
 def init(delta: LowRank, start: Start, rows: int) -> None:
     """s·B·A·S = SVD_r(E·S), S = √E[x²] on the diagonal; a layer that is not quantised starts as LoRA does."""
-    nn.init.kaiming_uniform_(delta.A, a=5**0.5, generator=start.generator)
-    nn.init.zeros_(delta.B)
     if start.quantised is None:
+        as_lora(delta, start)
         return
     assert start.statistic is not None
-    size = start.statistic.diagonal().float().clamp(min=0).sqrt()
-    size = size.clamp(min=1e-4 * size.max() + torch.finfo(torch.float32).tiny)  # inputs that were never seen
-    B, A = thin((start.base.weight() - start.quantised(None)) * size, delta.A.shape[0], delta.scale)
+    size = floored(start.statistic.diagonal().float().clamp(min=0).sqrt())
+    error = start.base.weight() - start.quantised(None)
+    B, A = thin(error, delta.A.shape[0], delta.scale, columns=size)
     delta.B.copy_(B)
-    delta.A.copy_(A / size)
+    delta.A.copy_(A)
