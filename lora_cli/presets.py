@@ -233,6 +233,18 @@ PRESETS: dict[str, Preset] = {
         when="When little of W0 may change, as in editing what a model knows.",
         parts={"lifecycle": (Part(name="roselora"),)},
     ),
+    "loraprune": Preset(
+        title="LoRAPrune: LoRA that decides on the way which heads and channels of the model go",
+        paper="arXiv:2305.18403",
+        when="When the model is to do its task with less, and there is no memory for gradients of W. Half of it goes; "
+        "`lifecycle: {loraprune: {share: 0.2}}` lets a fifth go, and `layers` spares blocks. Saved beside the base as "
+        "it was; merged it has zeros where something is gone, in the old shapes.",
+        parts={
+            "delta": Part(name="pruned"),
+            "init": Part(name="own"),
+            "lifecycle": (Part(name="loraprune"),),
+        },
+    ),
     "lora_drop": Preset(
         title="LoRA-drop: the layers whose ΔW does least share one A and one B",
         paper="arXiv:2402.07721",
