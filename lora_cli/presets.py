@@ -188,6 +188,17 @@ PRESETS: dict[str, Preset] = {
         when="As adalora, by a score that needs no gradient, and with all decisions in the first half of the run.",
         parts={"delta": Part(name="gated"), "init": Part(name="closed"), "rank": Part(name="dora_dynamic")},
     ),
+    "bilora": Preset(
+        title="BiLoRA: the gates of ΔW learn from one half of the rows, its factors from the other",
+        paper="arXiv:2403.13037",
+        when="With few rows, which LoRA learns by heart; a step takes twice as long. "
+        "`lifecycle: {bilora: {share: 0.2}}` lets the gates have a fifth of the rows.",
+        parts={
+            "delta": Part(name="gated"),
+            "init": Part(name="small"),
+            "lifecycle": (Part(name="bilora"),),
+        },
+    ),
     "dylora": Preset(
         title="DyLoRA: one training for every rank up to r",
         paper="arXiv:2210.07558",
