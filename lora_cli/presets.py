@@ -203,6 +203,17 @@ PRESETS: dict[str, Preset] = {
         when="As adalora, by a score that needs no gradient, and with all decisions in the first half of the run.",
         parts={"delta": Part(name="gated"), "init": Part(name="closed"), "rank": Part(name="dora_dynamic")},
     ),
+    "bilora": Preset(
+        title="BiLoRA: the gates of ΔW learn from one half of the rows, its factors from the other",
+        paper="arXiv:2403.13037",
+        when="With few rows, which LoRA learns by heart; a step takes twice as long. "
+        "`lifecycle: {bilora: {share: 0.2}}` lets the gates have a fifth of the rows.",
+        parts={
+            "delta": Part(name="gated"),
+            "init": Part(name="small"),
+            "lifecycle": (Part(name="bilora"),),
+        },
+    ),
     "dylora": Preset(
         title="DyLoRA: one training for every rank up to r",
         paper="arXiv:2210.07558",
@@ -247,6 +258,18 @@ PRESETS: dict[str, Preset] = {
         paper="arXiv:2406.10777",
         when="When little of W0 may change, as in editing what a model knows.",
         parts={"lifecycle": (Part(name="roselora"),)},
+    ),
+    "loraprune": Preset(
+        title="LoRAPrune: LoRA that decides on the way which heads and channels of the model go",
+        paper="arXiv:2305.18403",
+        when="When the model is to do its task with less, and there is no memory for gradients of W. Half of it goes; "
+        "`lifecycle: {loraprune: {share: 0.2}}` lets a fifth go, and `layers` spares blocks. Saved beside the base as "
+        "it was; merged it has zeros where something is gone, in the old shapes.",
+        parts={
+            "delta": Part(name="pruned"),
+            "init": Part(name="own"),
+            "lifecycle": (Part(name="loraprune"),),
+        },
     ),
     "lora_drop": Preset(
         title="LoRA-drop: the layers whose ΔW does least share one A and one B",

@@ -75,6 +75,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "lifecycle.aflora": [{"every": 1, "begin": 0.0, "end": 0.8}, {"every": 2}],
     "lifecycle.dropbp": [{}],
     "lifecycle.lora_drop": [{"after": 0.4}],
+    "lifecycle.loraprune": [{"every": 1, "begin": 0.0}, {"share": 0.2, "end": 0.6}],
+    "lifecycle.bilora": [{}, {"share": 0.3, "orthogonality": 0.0}],
     "lifecycle.roselora": [{"density": 0.5}, {"density": 0.3, "begin": 0.0, "end": 0.5}],
     "lifecycle.sparse_adapter": [
         {"after": 1, "sparsity": 0.5},
@@ -314,6 +316,7 @@ def test_what_a_part_needs_and_forbids_exists(axis, name):
     known |= {
         *("base.quantized", "base.packed"),
         rules.MERGEABLE,
+        rules.DROPS,
         rules.SHIFTED,
         *AdapterRecipe.model_fields,
         *(f"train.{key}" for key in TrainRecipe.model_fields),
@@ -456,6 +459,8 @@ def frozen(combination: Combination, adapter: Adapter) -> set[str]:
         return set()
     if has(combination, "aflora"):  # they were frozen on the way
         untrained = {name for name in untrained if not name.endswith((".A", ".B"))}
+    if has(combination, "loraprune"):  # which rows stay
+        untrained = {name for name in untrained if not name.endswith(".k")}
     return {name for name in untrained if not (has(combination, "delta_lora") and ".fixed_" in name)}
 
 

@@ -34,6 +34,7 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "prilora": {"rank": {"prilora": {"every": 4}}},
     "aflora": {"lifecycle": {"aflora": {"every": 2, "end": 0.7}}},
     "sparse_adapter": {"lifecycle": {"sparse_adapter": {"after": 3}}},
+    "loraprune": {"lifecycle": {"loraprune": {"every": 2}}},
     "lora_drop": {"lifecycle": {"lora_drop": {"after": 0.3, "threshold": 0.0}}},
     "roselora": {"lifecycle": {"roselora": {"density": 0.3}}},
     "eva": {"init": {"eva": {"rho": 2.0, "rows": 8}}},

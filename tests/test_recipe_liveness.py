@@ -94,6 +94,9 @@ AFLORA = {"adapter.method": "aflora", "train.max_steps": 10}
 SPARSE = {"adapter.lifecycle": {"sparse_adapter": {"after": 1}}, "train.max_steps": 4}
 DROPS = {"adapter.lifecycle": {"lora_drop": {"after": 0.4, "threshold": 0.0}}, "train.max_steps": 5}
 ROSE = {"adapter.lifecycle": "roselora", "train.max_steps": 6}
+BILEVEL = {"adapter.method": "bilora", **LONGER}
+PRUNES = {"adapter.method": "loraprune", "adapter.target_modules": None, "train.max_steps": 6}
+EACH = {"every": 1, "begin": 0.0, "share": 0.5}
 MALORA = {"adapter.method": "malora"}
 MLPS = {"adapter.method": "mixlora_moe", "adapter.target_modules": None}
 KEYS = {"adapter.attention": "key_drop"}
@@ -341,6 +344,14 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     ),
     "adapter.lifecycle.lora_drop.after": Case("adapter", {"lora_drop": {"after": 0.6, "threshold": 0.0}}, DROPS),
     "adapter.lifecycle.lora_drop.threshold": Case("adapter", {"lora_drop": {"after": 0.4}}, DROPS),
+    "adapter.lifecycle.bilora.share": Case("adapter", {"bilora": {"share": 0.2}}, BILEVEL),
+    "adapter.lifecycle.bilora.orthogonality": Case("adapter", {"bilora": {"orthogonality": 0.0}}, BILEVEL),
+    **{
+        f"adapter.lifecycle.loraprune.{key}": Case(
+            "adapter", {"loraprune": {**EACH, key: value}}, {**PRUNES, "adapter.lifecycle": {"loraprune": EACH}}
+        )
+        for key, value in {"share": 0.2, "begin": 0.5, "end": 0.4, "every": 2, "beta": 0.0}.items()
+    },
     "adapter.lifecycle.roselora.density": Case("adapter", {"roselora": {"density": 0.5}}, ROSE),
     "adapter.lifecycle.roselora.begin": Case("adapter", {"roselora": {"begin": 0.5}}, ROSE),
     "adapter.lifecycle.roselora.end": Case("adapter", {"roselora": {"end": 1.0}}, ROSE),
