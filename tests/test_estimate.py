@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_cli import attention
+from lora_cli import attention, progress
 from lora_cli import model as models
 from lora_cli.adapter.inject import inject
 from lora_cli.adapter.quantised import Quantised
@@ -559,6 +559,53 @@ def test_a_model_that_is_too_large_is_told_what_would_make_it_fit(tmp_path, caps
     assert any("gradient_checkpointing" in each["change"] for each in found["changes"])
     assert all(each["peak"] <= found["device_memory"] for each in found["changes"])
     assert "DOES NOT FIT" in capsys.readouterr().err
+
+
+def test_what_cannot_be_made_to_fit_is_said_to_be_too_large(tmp_path, capsys):
+    """A model trained in full can be neither quantised nor shared out."""
+    path = tmp_path / "recipe.yaml"
+    folder = shapes.write("Llama-3.1-8B", tmp_path / "model")
+    recipe = {"model": {"name": folder}, "data": {"train": "none", "max_length": 64}}
+    path.write_text(json.dumps(recipe | {"adapter": {"method": "full"}}))
+    found = estimate(load(path), Screen(), device="L4", gpus=1, measure=False)
+    assert found["changes"] == []
+    assert not any("quantize" in choice for choice in found["peaks"])
+    assert "a smaller model" in capsys.readouterr().err
+
+
+def test_the_gentlest_way_to_fit_comes_first(tmp_path):
+    """More devices learn the same, fewer bits do not; each is enough."""
+    path = tmp_path / "recipe.yaml"
+    folder = shapes.write("Qwen2.5-14B", tmp_path / "model")
+    path.write_text(json.dumps({"model": {"name": folder}, "data": {"train": "none", "max_length": 1024}}))
+    found = estimate(load(path), Screen(), device="4090", gpus=1, measure=False)
+    first, *others = (each["change"] for each in found["changes"])
+    assert "fsdp, on 2 devices" in first
+    assert [next(kind for kind in ("int8", "nf4") if kind in other) for other in others] == ["int8", "nf4"]
+    assert all(each["peak"] <= found["device_memory"] for each in found["changes"])
+    both = load(path, ["train.parallel=fsdp"])
+    assert estimate(both, Screen(), device="4090", gpus=2, measure=False)["changes"] == []
+
+
+def test_what_is_small_is_told_in_units_that_show_it(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    folder = config_only("llama", tmp_path / "model")
+    data = {"train": "none", "max_length": 20}
+    path.write_text(json.dumps({"model": {"name": str(folder)}, "data": data, "train": {"max_steps": 1}}))
+    estimate(load(path), Screen(), device="H100", gpus=1, measure=False)
+    shown = capsys.readouterr().err
+    assert "MiB" in shown
+    assert "less than a second for the run" in shown
+    assert " 0 " not in shown
+
+
+def test_what_takes_longer_than_a_moment_is_told_of(monkeypatch, capsys):
+    with Screen().waiting("quick"):
+        pass
+    monkeypatch.setattr(progress, "MOMENT", 0.0)
+    with Screen().waiting("slow") as waiting:
+        waiting.said.join()
+    assert capsys.readouterr().err == "slow\n"
 
 
 def test_an_8b_llama_takes_16_gigabytes_before_anything_else(tmp_path):
