@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, plain lines or nothing elsewhere."""
 
+import threading
 import time
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -44,6 +46,35 @@ class Counter:
     def advance(self, count: int) -> None:
         """`count` more are done."""
         self.bar.advance(self.task, count)
+
+
+MOMENT = 2.0
+"""Seconds that nobody wonders about."""
+
+
+class Waiting:
+    """What takes longer than a moment: a line with a clock on a terminal, gone afterwards; elsewhere said once."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        """Before it begins."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bar.add_task(what)
+        self.said = threading.Timer(MOMENT, console.print, [what], {"markup": False})
+        self.said.daemon = True
+        self.terminal = console.is_terminal
+
+    def __enter__(self) -> "Waiting":
+        """Begin."""
+        self.bar.start()
+        if not self.terminal:
+            self.said.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Say nothing any more."""
+        self.said.cancel()
+        self.bar.stop()
 
 
 class Steps:

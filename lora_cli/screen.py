@@ -13,7 +13,7 @@ from rich.text import Text
 from lora_cli.errors import without_passwords
 
 if TYPE_CHECKING:
-    from lora_cli.progress import Counter, Runs, Steps
+    from lora_cli.progress import Counter, Runs, Steps, Waiting
 
 
 class Screen:
@@ -80,6 +80,14 @@ class Screen:
 
         with Counter(self.console, what, total) as counter:
             yield counter
+
+    @contextmanager
+    def waiting(self, what: str) -> Generator["Waiting"]:
+        """Say what is going on where it takes longer than a moment."""
+        from lora_cli.progress import Waiting
+
+        with Waiting(self.console, without_passwords(what)) as waiting:
+            yield waiting
 
     @contextmanager
     def runs(self, total: int, done: int) -> Generator["Runs"]:

@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 8, tie_word_embeddings=True, head_dim=128),
     "Qwen2.5-7B": _llama(3584, 18944, 28, 28, 4, vocabulary=152064, model_type="qwen2"),
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8),
+    "Qwen2.5-14B": _llama(5120, 13824, 48, 40, 8, vocabulary=152064, model_type="qwen2"),
     "Qwen2.5-32B": _llama(5120, 27648, 64, 40, 8, vocabulary=152064, model_type="qwen2"),
     "Llama-3.1-70B": _llama(8192, 28672, 80, 64, 8),
     "Llama-3.1-405B": _llama(16384, 53248, 126, 128, 8),

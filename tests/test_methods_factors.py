@@ -193,7 +193,7 @@ def test_a_saved_adapter_comes_back_to_the_bit(tmp_path):
 def test_without_being_told_each_row_is_a_document_and_all_of_it_its_prompt():
     model, _ = adapted("llama", **SETTINGS)
     ids = torch.randint(5, 200, (3, 7), generator=fresh())
-    told = Reading(torch.arange(3)[:, None].expand(3, 7), torch.ones(3, 7, dtype=torch.bool))
+    told = Reading(torch.arange(3)[:, None].expand(3, 7), torch.ones(3, 7, dtype=torch.bool), 3)
     with torch.no_grad():
         plain = model(ids).logits
         with reading(model, lambda: told):

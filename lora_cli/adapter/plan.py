@@ -158,7 +158,8 @@ def make(
     names = [] if method.delta.name in (WHOLE, NONE) else names
     _check_ends(names, also, tuple(new_rows), ends, untied)
     _check_patterns(adapter, names)
-    layers = tuple(_layer(name, *adaptable[name], _depth(name, names), adapter, method) for name in names)
+    numbers = sorted({number for number in map(_block, names) if number is not None})
+    layers = tuple(_layer(name, *adaptable[name], _depth(name, numbers), adapter, method) for name in names)
     _check_together(
         layers, [name for name in adaptable if name not in {*names, ends.embeddings, ends.head}], method
     )
@@ -291,9 +292,8 @@ def _check_patterns(adapter: AdapterRecipe, names: list[str]) -> None:
             _require(matched, pattern, names, f"adapter.{key}")
 
 
-def _depth(name: str, names: list[str]) -> float:
+def _depth(name: str, blocks: list[int]) -> float:
     """Where a layer is between the first adapted block (0) and the last (1); outside of blocks, in the middle."""
-    blocks = sorted({number for number in map(_block, names) if number is not None})
     block = _block(name)
     return blocks.index(block) / (len(blocks) - 1) if block is not None and len(blocks) > 1 else 0.5
 

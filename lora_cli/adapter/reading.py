@@ -21,6 +21,8 @@ class Reading:
     """Number of the document that a token is of, int64 [rows, tokens]."""
     prompt: Tensor
     """Whether a decision may depend on the token, bool [rows, tokens]: no answer, which is yet to come, no padding."""
+    documents: int
+    """How many there are."""
     goes_on: bool = False
     """Whether the tokens that follow are further ones of these documents, one document a row."""
 
@@ -59,4 +61,4 @@ def reading(model: nn.Module, batch: Callable[[], Reading]) -> Generator[None]:
 def rows_of(prompt: Tensor, goes_on: bool = False) -> Reading:
     """One document a row, with these tokens as its prompt [rows, tokens]."""
     number = torch.arange(len(prompt), device=prompt.device)
-    return Reading(number[:, None].expand_as(prompt), prompt, goes_on)
+    return Reading(number[:, None].expand_as(prompt), prompt, len(prompt), goes_on)

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from lora_cli.analyze.devices import Device
-from lora_cli.analyze.rehearse import Cost, Rows
+from lora_cli.analyze.rehearse import Rows
 from lora_cli.analyze.tally import Work
+from lora_cli.analyze.tape import Cost
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def computed_pairs(device: Device, lengths: Sequence[int]) -> float:
     return computed / sum(length**2 / 2 for length in lengths)
 
 
+@cache
 def _pairs(length: int, query_block: int, key_block: int) -> int:
     total = 0
     for start in range(0, length, query_block):

@@ -133,11 +133,22 @@ def blocks_to_recompute(rehearsal: Rehearsal, case: Case, device: Device, limit:
 
 def tokens_at_once(rehearsal: Rehearsal, case: Case, device: Device, limit: float) -> Case | None:
     """With the most tokens at once that take no more than `limit`; None where the longest row does not fit."""
-    for tokens in _halves(case.rows.cells, max(case.rows.lengths)):
-        smaller = replace(case, rows=_part(case.rows, tokens), several=True)
-        if memory(rehearsal, smaller, device).peak <= limit:
-            return smaller
-    return None
+    cases = [
+        replace(case, rows=_part(case.rows, tokens), several=True)
+        for tokens in _halves(case.rows.cells, max(case.rows.lengths))
+    ]
+    if not cases:
+        return None
+    first = _least(0, len(cases) - 1, lambda index: memory(rehearsal, cases[index], device).peak <= limit)
+    return None if first is None else cases[first]
+
+
+def smaller(rehearsal: Rehearsal, case: Case, device: Device, limit: float) -> Case | None:
+    """As few blocks recomputed as it takes; all of them, and fewer tokens at once, where that is not enough."""
+    blocks = blocks_to_recompute(rehearsal, case, device, limit)
+    if blocks is not None:
+        return replace(case, recomputed=blocks)
+    return tokens_at_once(rehearsal, replace(case, recomputed=len(rehearsal.blocks)), device, limit)
 
 
 def _halves(tokens: int, least: int) -> Iterator[int]:
@@ -149,10 +160,13 @@ def _halves(tokens: int, least: int) -> Iterator[int]:
 
 def _part(rows: Rows, tokens: int) -> Rows:
     """A micro-batch of so many tokens of the same kind, the longest row in it."""
-    lengths = [max(rows.lengths)]
+    longest = max(rows.lengths)
+    lengths, cells = [longest], longest
     for length in rows.lengths[1:]:
-        if Rows((*lengths, length), 0, rows.packed).cells <= tokens:
+        more = length if rows.packed else longest
+        if cells + more <= tokens:
             lengths.append(length)
+            cells += more
     share = rows.trained * sum(lengths) / sum(rows.lengths)
     return Rows(tuple(lengths), max(round(share), 1), rows.packed)
 

@@ -1,14 +1,13 @@
 """A micro-batch of training on tensors that have a shape and no numbers: what it would hold, and what it would compute.
 
 Model, adapter, loss, recomputation and optimizer are those of `lora train`. PyTorch's FakeTensorMode runs them without
-memory or arithmetic, and a tally counts. No formula knows an architecture. What most blocks of a model do is the same,
-so one of each kind is rehearsed, and one more of each kind that there are several of: the others add as much.
+memory or arithmetic, and a tally counts. No formula knows an architecture. Blocks that are alike are not all rehearsed:
+what a few of them did, phase by phase, is played back for the others.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -26,7 +25,10 @@ from lora_cli.adapter import rules
 from lora_cli.adapter.inject import Adapter, inject
 from lora_cli.adapter.plan import Plan
 from lora_cli.adapter.quantised import Quantised
-from lora_cli.analyze.tally import Tally, Work, aten
+from lora_cli.adapter.reading import reading
+from lora_cli.analyze.alike import looks, stand_ins
+from lora_cli.analyze.tally import Phase, Tally, aten
+from lora_cli.analyze.tape import Cost, Tape, apart, cut
 from lora_cli.blocks import blocks
 from lora_cli.data.example import Batch
 from lora_cli.errors import ExitCode, UnknownCostError, UserError
@@ -34,6 +36,7 @@ from lora_cli.model import LanguageModel
 from lora_cli.parts import Part
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train import optim
+from lora_cli.train.head import parts as parts_of_head
 from lora_cli.train.loss import Loss
 from lora_cli.train.recompute import keep, recompute
 
@@ -41,7 +44,7 @@ NAME = "lora_rehearsed"
 BENDING = {aten.tanh, aten.clamp, aten.sigmoid}
 """What models do to their logits that is no multiplication."""
 CPU = torch.device("cpu")
-"""Fake tensors are on the CPU whatever the run is to be on: what is kept does not depend on it, but for attention."""
+"""Fake tensors are on the CPU whatever the run is to be on: only attention and the head depend on it."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +85,6 @@ class Held:
     def always(self) -> int:
         """All but the gradients."""
         return self.weights + self.adapter + self.optimizer
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one micro-batch."""
-
-    kept: float
-    """Bytes of activations that wait for the backward pass."""
-    peak: float
-    """Bytes at the highest point, without what is held."""
-    head: float
-    """Bytes that the output head has for itself for a moment, logits above all; they may be part of the peak."""
-    work: dict[str, Work] = field(default_factory=dict[str, Work])
-    """Stage (blocks, head) -> what is computed."""
-
-    def plus(self, other: "Cost", times: float) -> "Cost":
-        """With so many times another one on top."""
-        return Cost(
-            self.kept + times * other.kept,
-            self.peak + times * other.peak,
-            self.head,
-            {stage: work + other.work[stage] * times for stage, work in self.work.items()},
-        )
 
 
 @contextmanager
@@ -222,16 +202,21 @@ class Rehearsal:
         for p in trained:
             p.grad = torch.empty_like(p)
         gradients = sum(p.nbytes for p in trained)
-        before, self.tally.peak = self.tally.live, self.tally.live
-        self.tally.stage = "update"
+        self.tally.mark()
         self.optimizer.step()
-        self.update = self.tally.work.pop("update")
-        self.update_peak = self.tally.peak - before
-        """Bytes that an update takes for a moment, and those that stay."""
-        self.held = Held(weights, adapter, gradients, self.tally.live - before)
+        update = self.tally.mark()
+        self.update, self.update_peak = update.work, update.high
+        """What an update computes; bytes that it takes for a moment, and those that stay."""
+        self.held = Held(weights, adapter, gradients, update.left)
         self.known: dict[tuple[Rows, int], Cost] = {}
+        self.tapes: dict[Any, Tape] = {}
         self.blocks = blocks(self.model)
-        self.loss = Loss(self.model, 1.0 if self._multiplies_logits() else None)
+        types = getattr(self.model.config, "layer_types", None) or [None] * len(self.blocks)
+        kinds: dict[Any, int] = {}
+        each = (looks(block, kind) for block, kind in zip(self.blocks, types, strict=True))
+        self.alike = [kinds.setdefault(look, len(kinds)) for look in each]
+        """For each block a number that it shares with those like it."""
+        self.loss = Loss(self.model, 1.0 if self._multiplies_logits() else None, self._split)
 
     def cost(self, rows: Rows, recomputed: int = 0) -> Cost:
         """Of a micro-batch, where so many blocks are computed again, from the bottom.
@@ -248,30 +233,24 @@ class Rehearsal:
         if recomputed:
             recompute(self.model, recomputed)
         try:
-            kinds = self._kinds(rows, recomputed)
-            first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
-            total = once = self._run(rows, sorted(first.values()))
-            for kind, count in Counter(kinds).items():
-                if count > 1:
-                    second = kinds.index(kind, first[kind] + 1)
-                    more = self._run(rows, sorted([*first.values(), second]))
-                    total = total.plus(more.plus(once, -1), count - 1)
-            return total
+            kinds = self._kinds(recomputed)
+            standing = stand_ins(kinds)
+            chosen = sorted(set(standing))
+            key = rows, tuple(kinds[index] for index in chosen)
+            if key not in self.tapes:
+                self.tapes[key] = self._tape(rows, chosen)
+            return self.tapes[key].played([chosen.index(index) for index in standing])
         finally:
             keep(self.model)
 
-    def _kinds(self, rows: Rows, recomputed: int) -> list[Any]:
+    def _kinds(self, recomputed: int) -> list[Any]:
         """For each block what its cost depends on."""
-        types = getattr(self.model.config, "layer_types", None) or [None] * len(self.blocks)
         trains = any(p.requires_grad for p in models.end_modules(self.model)[0].parameters())
         found: list[Any] = []
-        for index, block in enumerate(self.blocks):
-            parameters = tuple(
-                (n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()
-            )
+        for index, (block, alike) in enumerate(zip(self.blocks, self.alike, strict=True)):
             own = any(p.requires_grad for p in block.parameters())
             # Below the first trained tensor nothing is kept; where the gradient ends, one product less is computed.
-            found.append((parameters, types[index], trains, own, index < recomputed))
+            found.append((alike, trains, own, index < recomputed))
             trains = trains or own
         return found
 
@@ -300,31 +279,59 @@ class Rehearsal:
             if types is not None:
                 config.layer_types = types
 
-    def _run(self, rows: Rows, chosen: Sequence[int]) -> Cost:
-        """Forward and backward of one micro-batch through these blocks."""
-        tally = self.tally
-        handle = models.end_modules(self.model)[1].register_forward_pre_hook(self._enter_head)
-        tally.work.clear()
-        tally.stage, before, tally.lengths = "blocks", tally.live, rows.lengths
-        try:
-            with self._only(chosen), self._attention(rows):
-                tally.peak = tally.live
-                with models.computing(self.model, self.precision):
-                    loss = self.loss.at(_batch(rows), CPU, *(torch.zeros(2, rows.trained, dtype=torch.int64)))
-                head, kept = tally.peak - self.entered, tally.live - before
-                tally.stage = "blocks"
-                loss.backward()
-        finally:
-            handle.remove()
-        work = {stage: tally.work[stage] for stage in ("blocks", "head")}
-        return Cost(kept, tally.peak - before, head, work)
+    def _tape(self, rows: Rows, chosen: Sequence[int]) -> Tape:
+        """Of one micro-batch through these blocks; of many documents in a row none is rehearsed by itself."""
+        if not rows.packed or len(rows.lengths) <= 2 or varlen.serves(self.model, self.device):
+            return Tape.of(self._phases(rows, rows.lengths, chosen), len(chosen))
+        tokens = sum(rows.lengths)
+        each = (self._phases(rows, lengths, chosen) for lengths in ((tokens,), cut(tokens)))
+        return Tape.of([apart(*pair, rows.lengths) for pair in zip(*each, strict=True)], len(chosen))
 
-    def _enter_head(self, *_: object) -> None:
-        self.entered = self.tally.live
-        self.tally.stage = "head"
+    def _phases(self, rows: Rows, lengths: Sequence[int], chosen: Sequence[int]) -> list[Phase]:
+        """Forward and backward of one micro-batch, whose documents attend as if they had these lengths."""
+        phases: list[Phase] = []
+        batch = _batch(rows)
+        self.tally.lengths = rows.lengths
+        known = reading(self.model, batch.reading)
+        with self._only(chosen), self._attention(rows, lengths), self._marked(chosen, phases), known:
+            self.tally.mark()
+            with models.computing(self.model, self.precision):
+                loss = self.loss.at(batch, CPU, *(torch.zeros(2, rows.trained, dtype=torch.int64)))
+            phases.append(self.tally.mark())
+            loss.backward()
+            phases.append(self.tally.mark())
+        return phases
 
     @contextmanager
-    def _attention(self, rows: Rows) -> Iterator[None]:
+    def _marked(self, chosen: Sequence[int], phases: list[Phase]) -> Iterator[None]:
+        """Collect a phase wherever a block or the head begins or ends, forward and backward."""
+
+        def mark(*_: object) -> None:
+            phases.append(self.tally.mark())
+
+        def first(*_: object) -> None:
+            if not phases:  # else it is computed again
+                mark()
+
+        def forward(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            if len(phases) > len(chosen):
+                return  # as above
+            mark()
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if hidden.requires_grad:
+                hidden.register_hook(mark)
+
+        handles = [self.blocks[index].register_forward_hook(forward) for index in chosen]
+        handles.append(self.blocks[chosen[0]].register_forward_pre_hook(first))
+        handles.append(models.end_modules(self.model)[1].register_forward_pre_hook(mark))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _attention(self, rows: Rows, lengths: Sequence[int]) -> Iterator[None]:
         """Let documents see what they see in training, where transformers decides by numbers that are not there."""
         before = str(self.model.config._attn_implementation)
         together = rows.packed and len(rows.lengths) > 1
@@ -344,7 +351,7 @@ class Rehearsal:
             window = settings.get("sliding_window")
             if alike or (window and max(rows.lengths) > window):
                 return sdpa_attention_forward(module, query, key, value, mask, **settings)
-            return attention.apart(rows.lengths, module, query, key, value, **settings), None
+            return attention.apart(lengths, module, query, key, value, **settings), None
 
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, _no_mask if alike or told else sdpa_mask)
@@ -353,6 +360,16 @@ class Rehearsal:
             yield
         finally:
             self.model.set_attn_implementation(before)
+
+    def _split(self, positions: int, vocabulary: int, _: str) -> Iterator[slice]:
+        """The positions that the head computes at once, of which the second lot stands for all but first and last."""
+        each = [*parts_of_head(positions, vocabulary, self.device.type)]
+        yield from each[:1]
+        if len(each) > 2:
+            self.tally.times = len(each) - 2
+            yield each[1]
+            self.tally.times = 1
+        yield from each[1:][-1:]
 
     def _multiplies_logits(self) -> bool:
         """Whether the model does nothing to its logits but multiply them, and its head does not train."""
@@ -378,4 +395,4 @@ def _batch(rows: Rows) -> Batch:
     """The tensors that training would give the model."""
     shape = (1, rows.cells) if rows.packed else (len(rows.lengths), max(rows.lengths))
     ids, labels, positions, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
-    return Batch(ids, labels, positions, None if rows.packed else mask, ())
+    return Batch(ids, labels, positions, None if rows.packed else mask, tuple(range(len(rows.lengths))))

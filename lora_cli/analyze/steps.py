@@ -10,8 +10,8 @@ from lora_cli.data.example import Example
 from lora_cli.data.pack import groups
 from lora_cli.recipe.schema import TrainRecipe
 
-LOOKED_AT = 100
-"""Steps of a run whose micro-batches are made, spread over its first epoch."""
+LOOKED_AT, EXAMPLES = 100, 50_000
+"""Steps of a run whose micro-batches are made, spread over its first epoch; fewer where a step has many examples."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def steps_of(
     size = train.batch_size
     starts = range(0, len(order), size)
     longest = int(np.argmax(documents.lengths[order])) // size * size
-    chosen = sorted({*starts[:: -(-len(starts) // LOOKED_AT)], longest})
+    count = max(min(LOOKED_AT, EXAMPLES // size), 1)
+    chosen = sorted({*starts[:: -(-len(starts) // count)], longest})
     return [
         [*_micro_batches(documents, order[start : start + size], train, packing, budget, processes)]
         for start in chosen

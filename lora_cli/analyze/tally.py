@@ -5,7 +5,6 @@ Sees every operation of PyTorch's that is called within it, on real tensors or o
 
 import math
 import weakref
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,16 +59,28 @@ class Work:
         return self.products + self.attention
 
 
+@dataclass(frozen=True)
+class Phase:
+    """What happened between two marks."""
+
+    high: int
+    """Bytes at the highest point, above those that were there when it began."""
+    left: int
+    """Bytes at its end, above the same."""
+    work: Work
+
+
 class Tally(TorchDispatchMode):
     """Counts as long as it is entered."""
 
     def __init__(self) -> None:
         """Nothing is alive, nothing was done."""
         super().__init__()
-        self.live = self.peak = 0
-        self.work: dict[str, Work] = defaultdict(Work)
-        """Stage -> what was done in it."""
-        self.stage = ""
+        self.live = self.peak = self.began = 0
+        self.work = Work()
+        """Since the last mark."""
+        self.times = 1
+        """How often what is seen once is done."""
         self.known: dict[int, int] = {}
         """Storage -> its bytes."""
         self.answers: Iterator[int] = iter(())
@@ -98,8 +109,15 @@ class Tally(TorchDispatchMode):
         else:
             done = _work(operation, args, kwargs, made, given, got)
         if done is not None:
-            self.work[self.stage] += done
+            self.work += done if self.times == 1 else done * self.times
         return made
+
+    def mark(self) -> Phase:
+        """End a phase and begin the next; returns the one that is over."""
+        done = Phase(self.peak - self.began, self.live - self.began, self.work)
+        self.began = self.peak = self.live
+        self.work = Work()
+        return done
 
     def _hold(self, storage: torch.UntypedStorage, count: int) -> None:
         key = storage._cdata

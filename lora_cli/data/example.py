@@ -45,7 +45,7 @@ class Batch:
         prompt = (before + learned.long() - before[first] == 0).view_as(self.labels)
         if self.attention_mask is not None:
             prompt = prompt & (self.attention_mask != 0)
-        return Reading(number.view_as(self.labels), prompt)
+        return Reading(number.view_as(self.labels), prompt, max(len(self.rows), 1))
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device, copied without waiting."""

@@ -1,6 +1,7 @@
 """`lora estimate`: what a run would cost, before it is paid. No weights are read, nothing is trained."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +18,11 @@ from lora_cli.analyze.devices import Device
 from lora_cli.analyze.duration import Rates, computed_pairs, seconds
 from lora_cli.analyze.memory import (
     Case,
-    blocks_to_recompute,
+    Memory,
     decoding,
     largest,
     memory,
     sharded,
-    stored,
-    tokens_at_once,
 )
 from lora_cli.analyze.rehearse import Rehearsal, Rows, rehearsal
 from lora_cli.analyze.steps import Documents, steps_of
@@ -32,7 +31,7 @@ from lora_cli.data.pack import epoch_order
 from lora_cli.errors import UserError
 from lora_cli.recipe.load import Loaded
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import prepare
+from lora_cli.run import advice, prepare
 from lora_cli.screen import Screen, duration, size
 from lora_cli.train.gradient import token_budget
 
@@ -82,16 +81,18 @@ def estimate(
     recipe, shard = loaded.recipe, loaded.recipe.train.parallel == "fsdp"
     prepare.check_method(recipe)
     kind, target = _target(device, measure)
-    data, tokenizer = _data(recipe)
+    with screen.waiting("reading the rows"):
+        data, tokenizer = _data(recipe)
     if measure:
         shapes = calibrate.shapes_of(models.skeleton(recipe.model))
         target = calibrate.calibrated(shapes, kind, _name(_precision(recipe, kind)), token_budget(kind))
-    with _rehearsed(recipe, tokenizer, kind) as rehearsed:
+    about = f"rehearsing {recipe.model.name} without its weights"
+    with screen.waiting(about), _rehearsed(recipe, tokenizer, kind) as rehearsed:
         steps = _steps(rehearsed, data, recipe, kind, gpus)
         case = largest(rehearsed, recipe.train, steps)
         found = sharded(memory(rehearsed, case, target), rehearsed, gpus if shard else 1)
-        pace = _pace(rehearsed, case, data, steps, target, gpus, shard)
-        other = _changes(rehearsed, case, target) if found.peak > target.memory else []
+        speed = pace(rehearsed, case, steps, target, gpus, shard, data.steps)
+        ways = advice.ways(recipe, rehearsed, case, target, gpus) if found.peak > target.memory else []
         report = {
             "device": target.name,
             "gpus": gpus,
@@ -104,9 +105,10 @@ def estimate(
             },
             "device_memory": round(target.memory),
             "fits": found.peak <= target.memory,
-            "peaks": {key: round(value) for key, value in _peaks(rehearsed, case, target).items()},
-            "pace": asdict(pace) if pace else None,
-            "changes": [{"change": key, "peak": round(value)} for key, value in other],
+            "peaks": {key: round(value) for key, value in _peaks(recipe, rehearsed, case, target).items()},
+            "pace": asdict(speed) if speed else None,
+            "changes": [{"change": key, "peak": round(value)} for key, value in ways],
+            "too_large": _alone(found) > target.memory,
         }
     show(report, recipe, screen)
     return report
@@ -206,33 +208,43 @@ def _steps(
     )
 
 
-def _pace(
+def pace(
     rehearsed: Rehearsal,
     case: Case,
-    data: Data,
     steps: list[list[Rows]],
     device: Device,
     gpus: int,
     shard: bool,
+    total: int | None = None,
 ) -> Pace | None:
-    """Tokens a second over all devices; None of a device that nobody has measured."""
+    """Tokens a second over all devices; None of a device that nobody has measured.
+
+    Args:
+        rehearsed: the run.
+        case: of the largest micro-batch.
+        steps: micro-batches that one device has in some of the steps.
+        device: one of them.
+        gpus: how many share a step.
+        shard: whether they share the base, too.
+        total: steps of the whole run.
+    """
     kind = _name(rehearsed.precision)
     if device.rate(kind) == 0:
         return None
     rates = Rates.of(rehearsed.cost(case.rows, case.recomputed), case.rows)
     decoded = Work(moved=decoding(rehearsed))
     taken, work, tokens = 0.0, Work(), 0
-    for step in steps:
-        for rows in step:
-            done = rates.work(rows) + decoded
-            taken += seconds(done, device, kind, computed_pairs(device, rows.lengths))
-            work, tokens = work + done, tokens + sum(rows.lengths)
-        taken += seconds(rehearsed.update, device, kind)
-        taken += _sent(rehearsed, len(step), gpus, shard) / LINKS
+    for rows, count in Counter(rows for step in steps for rows in step).items():
+        done = rates.work(rows) + decoded
+        taken += count * seconds(done, device, kind, computed_pairs(device, rows.lengths))
+        work, tokens = work + done * count, tokens + count * sum(rows.lengths)
+    for batches, count in Counter(map(len, steps)).items():
+        taken += count * seconds(rehearsed.update, device, kind)
+        taken += count * _sent(rehearsed, batches, gpus, shard) / LINKS
     # A step of all devices takes as long as that of one, which has its share of the rows.
     return Pace(
         tokens_per_second=gpus * tokens / taken,
-        seconds=None if data.steps is None else data.steps * taken / len(steps),
+        seconds=None if total is None else total * taken / len(steps),
         flops_per_token=work.flops / tokens,
         of_products=work.flops / taken / device.rate(kind),
     )
@@ -245,33 +257,24 @@ def _sent(rehearsed: Rehearsal, batches: int, gpus: int, shard: bool) -> float:
     return 2 * rehearsed.held.gradients * share + base
 
 
-def _peaks(rehearsed: Rehearsal, case: Case, device: Device) -> dict[str, float]:
+def _peaks(recipe: Recipe, rehearsed: Rehearsal, case: Case, device: Device) -> dict[str, float]:
     """What the choices that change memory would make of it."""
-    now = memory(rehearsed, case, device)
-    everything = memory(rehearsed, replace(case, recomputed=len(rehearsed.blocks)), device)
+    everything = replace(case, recomputed=len(rehearsed.blocks))
     found = {"recompute nothing": memory(rehearsed, replace(case, recomputed=0), device).peak}
-    found["recompute all blocks"] = everything.peak
-    for kind in () if rehearsed.base else ("int8", "nf4"):
-        found[f"model.quantize: {kind}"] = stored(now, rehearsed, kind).peak
-        found[f"model.quantize: {kind}, recompute all blocks"] = stored(everything, rehearsed, kind).peak
+    found["recompute all blocks"] = memory(rehearsed, everything, device).peak
+    for kind in advice.kinds(recipe, rehearsed):
+        other = advice.kept_in(rehearsed, kind)
+        found[f"model.quantize: {kind}"] = memory(other, case, device).peak
+        found[f"model.quantize: {kind}, recompute all blocks"] = memory(other, everything, device).peak
     for count in () if rehearsed.base else (2, 4, 8):
+        now = memory(rehearsed, case, device)
         found[f"train.parallel: fsdp, {count} devices"] = sharded(now, rehearsed, count).peak
     return found
 
 
-def _changes(rehearsed: Rehearsal, case: Case, device: Device) -> list[tuple[str, float]]:
-    """What would make it fit, the cheapest first; each by itself."""
-    limit, found = device.memory, []
-    blocks = blocks_to_recompute(rehearsed, case, device, limit)
-    if blocks is not None:
-        peak = memory(rehearsed, replace(case, recomputed=blocks), device).peak
-        found.append((f"train.gradient_checkpointing: {blocks} (of {len(rehearsed.blocks)} blocks)", peak))
-    smaller = tokens_at_once(rehearsed, case, device, limit)
-    if smaller is not None:
-        peak = memory(rehearsed, smaller, device).peak
-        found.append((f"{smaller.rows.cells:,} tokens at once, by train.micro_batch_size", peak))
-    found += [(what, peak) for what, peak in _peaks(rehearsed, case, device).items() if peak <= limit]
-    return found
+def _alone(found: Memory) -> float:
+    """Bytes that are there whatever is computed at once."""
+    return found.process + found.weights + found.adapter + found.optimizer
 
 
 MEANING = {
@@ -291,47 +294,62 @@ def show(report: dict[str, Any], recipe: Recipe, screen: Screen) -> None:
     gpus, batch = report["gpus"], report["micro_batch"]
     where = f"{gpus} × {report['device']}" if gpus > 1 else report["device"]
     screen.heading(f"{recipe.model.name} on {where}, predicted")
-    found = report["memory"]
-    rows = [(key, _gigabytes(found[key]), meaning) for key, meaning in MEANING.items()]
-    screen.table(["memory", "GiB", ""], [*rows, ("peak", _gigabytes(found["peak"]), _verdict(report))])
+    found, limit = report["memory"], report["device_memory"]
+    unit = "GiB" if found["peak"] >= 2**30 else "MiB"
+    rows = [(key, _in(unit, found[key]), meaning) for key, meaning in MEANING.items()]
+    screen.table(["memory", unit, ""], [*rows, ("peak", _in(unit, found["peak"]), _verdict(report))])
     screen.note(
         f"with {batch['tokens']:,} tokens at once in {batch['documents']} documents ({report['rows']}), "
         f"{report['recomputed_blocks']} blocks recomputed"
     )
     screen.heading("peak with other choices")
-    limit = report["device_memory"]
     other = [
-        (what, _gigabytes(peak), "" if peak <= limit else "too much")
-        for what, peak in report["peaks"].items()
+        (what, _in(unit, peak), "" if peak <= limit else "too much") for what, peak in report["peaks"].items()
     ]
-    screen.table(["", "GiB", ""], other)
+    screen.table(["", unit, ""], other)
     _show_pace(report, screen)
     if not report["fits"]:
-        screen.heading("to make it fit, one of")
-        lines = [f"  {each['change']}: {_gigabytes(each['peak']):.2f} GiB" for each in report["changes"]]
-        for line in lines or ["  nothing above is enough: a smaller data.max_length, or a smaller model"]:
-            screen.note(line)
+        _show_changes(report, screen)
+
+
+def _show_changes(report: dict[str, Any], screen: Screen) -> None:
+    screen.heading("to make it fit, one of these, the gentlest first")
+    for each in report["changes"]:
+        screen.note(f"  {each['change']}  ({_in('GiB', each['peak']):g} GiB)")
+    if report["changes"]:
+        return
+    what = "what does not depend on the rows is too large already: a smaller model, or a larger device"
+    screen.note(f"  {what if report['too_large'] else 'nothing but a smaller data.max_length'}")
 
 
 def _show_pace(report: dict[str, Any], screen: Screen) -> None:
-    pace = report["pace"]
+    found = report["pace"]
     screen.heading("time")
-    if pace is None:
+    if found is None:
         screen.note(
             "nobody has measured this machine: --calibrate does, in a few seconds; or name a GPU, --device H100"
         )
         return
-    whole = "" if pace["seconds"] is None else f", {duration(pace['seconds'])} for the run"
+    whole = "" if found["seconds"] is None else f", {_about(found['seconds'])} for the run"
     screen.note(
-        f"{pace['tokens_per_second']:,.0f} tokens/s{whole}; {size(pace['flops_per_token'])}FLOP a token, "
-        f"at {pace['of_products']:.0%} of what products alone would reach"
+        f"{found['tokens_per_second']:,.0f} tokens/s{whole}; {size(found['flops_per_token'])}FLOP a token, "
+        f"at {found['of_products']:.0%} of what products alone would reach"
     )
 
 
+def _about(seconds: float) -> str:
+    return duration(seconds) if seconds >= 1 else "less than a second"
+
+
 def _verdict(report: dict[str, Any]) -> str:
-    of = f"of {_gigabytes(report['device_memory']):.0f} GiB"
+    of = f"of {report['device_memory'] / 2**30:.0f} GiB"
     return f"{of}: fits" if report["fits"] else f"{of}: DOES NOT FIT"
 
 
-def _gigabytes(count: float) -> float:
-    return round(count / 2**30, 3)
+UNITS = {"GiB": 2**30, "MiB": 2**20}
+
+
+def _in(unit: str, count: float) -> float:
+    """Three digits, and all before the point."""
+    value = count / UNITS[unit]
+    return round(value) if value >= 100 else float(f"{value:.3g}")

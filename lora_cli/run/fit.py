@@ -1,7 +1,7 @@
 """Whether a run fits in the memory that is free, asked before the first step; and what is done where it does not."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -12,17 +12,15 @@ from lora_cli import attention
 from lora_cli import model as models
 from lora_cli.adapter.quantised import Quantised
 from lora_cli.analyze import devices
-from lora_cli.analyze.devices import Device
 from lora_cli.analyze.memory import (
     Case,
     at_most,
-    blocks_to_recompute,
     largest,
     memory,
     sharded,
-    tokens_at_once,
+    smaller,
 )
-from lora_cli.analyze.rehearse import Rehearsal, rehearsal
+from lora_cli.analyze.rehearse import rehearsal
 from lora_cli.analyze.steps import Documents, steps_of
 from lora_cli.data.load import Datasets
 from lora_cli.data.pack import epoch_order
@@ -72,7 +70,8 @@ def fitted(
     if at_most(language.model, max(longest, _at_once(recipe, device, longest)), longest) < limit:
         return Fitting(recipe)
     try:
-        return _rehearsed(recipe, language, datasets, accelerator, screen, limit)
+        with screen.waiting("rehearsing, to know whether it fits"):
+            return _rehearsed(recipe, language, datasets, accelerator, screen, limit)
     except UnknownCostError as error:
         screen.warn(f"nobody knows whether this fits: {error.what}")
         return Fitting(recipe)
@@ -118,16 +117,16 @@ def _rehearsed(
         if recipe.train.on_no_fit == "warn":
             screen.warn(needs)
             return Fitting(recipe)
-        smaller = _smaller(rehearsed, case, target, limit)
-    if recipe.train.on_no_fit == "error" or smaller is None:
+        less = smaller(rehearsed, case, target, limit)
+    if recipe.train.on_no_fit == "error" or less is None:
         raise UserError(
-            needs if smaller else f"{needs}; recomputing all blocks, one row at once, is not enough",
+            needs if less else f"{needs}; recomputing all blocks, one row at once, is not enough",
             where="train.on_no_fit",
-            fix=_advice(smaller),
+            fix=_advice(less),
             code=ExitCode.OUT_OF_MEMORY,
         )
-    screen.warn(f"{needs}: {_advice(smaller)}, which is slower and learns the same")
-    return _adapted(recipe, smaller)
+    screen.warn(f"{needs}: {_advice(less)}, which is slower and learns the same")
+    return _adapted(recipe, less)
 
 
 def _taken(device: torch.device) -> float:
@@ -148,22 +147,14 @@ def _at_once(recipe: Recipe, device: torch.device, longest: int) -> int:
     return token_budget(device) if rows == "auto" else min(rows, recipe.train.batch_size) * longest
 
 
-def _smaller(rehearsed: Rehearsal, case: Case, device: Device, limit: float) -> Case | None:
-    """As few blocks recomputed as it takes; all of them, and fewer tokens at once, where that is not enough."""
-    blocks = blocks_to_recompute(rehearsed, case, device, limit)
-    if blocks is not None:
-        return replace(case, recomputed=blocks)
-    return tokens_at_once(rehearsed, replace(case, recomputed=len(rehearsed.blocks)), device, limit)
-
-
-def _advice(smaller: Case | None) -> str:
-    if smaller is None:
+def _advice(less: Case | None) -> str:
+    if less is None:
         return "a smaller data.max_length, a smaller model, or train.on_no_fit: warn to try all the same"
-    return f"train.gradient_checkpointing: {smaller.recomputed}, {smaller.rows.cells:,} tokens at once"
+    return f"train.gradient_checkpointing: {less.recomputed}, {less.rows.cells:,} tokens at once"
 
 
-def _adapted(recipe: Recipe, smaller: Case) -> Fitting:
-    train = recipe.train.model_copy(update={"gradient_checkpointing": smaller.recomputed or False})
+def _adapted(recipe: Recipe, less: Case) -> Fitting:
+    train = recipe.train.model_copy(update={"gradient_checkpointing": less.recomputed or False})
     if train.micro_batch_size != "auto":
-        train = train.model_copy(update={"micro_batch_size": len(smaller.rows.lengths)})
-    return Fitting(recipe.model_copy(update={"train": train}), smaller.rows.cells)
+        train = train.model_copy(update={"micro_batch_size": len(less.rows.lengths)})
+    return Fitting(recipe.model_copy(update={"train": train}), less.rows.cells)

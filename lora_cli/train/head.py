@@ -4,6 +4,7 @@ What goes on to the layers below, ∂L/∂hidden, is computed on the way forward
 the head's weight where computing them again would take three, and no more logits at once than LOGITS_BYTES.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,19 @@ LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits at once. Few on a CPU, whose caches they should not flush; enough on a GPU to keep it busy."""
 
 
-def cross_entropy(hidden: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+Parts = Callable[[int, int, str], Iterator[slice]]
+"""Positions, vocabulary, type of device -> the positions that are computed at once."""
+
+
+def parts(positions: int, vocabulary: int, device: str) -> Iterator[slice]:
+    """As many at once as LOGITS_BYTES has room for."""
+    rows = max(1, LOGITS_BYTES[device] // (4 * vocabulary))
+    return (slice(first, first + rows) for first in range(0, positions, rows))
+
+
+def cross_entropy(
+    hidden: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor, scale: float, split: Parts = parts
+) -> Tensor:
     """−Σ log softmax(scale·(W·hidden + bias))[target], in float32 or wider; nothing but `hidden` gets a gradient.
 
     Args:
@@ -24,25 +37,30 @@ def cross_entropy(hidden: Tensor, W: Tensor, bias: Tensor | None, targets: Tenso
         bias: [vocabulary].
         targets: [n].
         scale: of the logits.
+        split: says which positions are computed at once.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     cast = [None if tensor is None else tensor.to(dtype) for tensor in (hidden, W, bias)]
     with torch.autocast(device, enabled=False):
-        return _apply(*cast, targets, scale)
+        return _apply(*cast, targets, scale, split)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, hidden: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor, scale: float
+        ctx: Any,
+        hidden: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        split: Parts,
     ) -> Tensor:
-        rows = max(1, LOGITS_BYTES[hidden.device.type] // (4 * len(W)))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(W.dtype, torch.float32)
         total = torch.zeros((), device=hidden.device, dtype=wide)
-        for first in range(0, len(hidden), rows):
-            part = slice(first, first + rows)
+        for part in split(len(hidden), len(W), hidden.device.type):
             loss, dlogits = _softmax(F.linear(hidden[part], W, bias).to(wide).mul_(scale), targets[part])
             total += loss
             if gradient is not None:
@@ -56,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, dL: Tensor
     ) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * dL.to(gradient.dtype), None, None, None, None
+        return gradient * dL.to(gradient.dtype), None, None, None, None, None
 
 
 def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.example import IGNORE, Batch
 from lora_cli.data.pack import inputs
-from lora_cli.train.head import cross_entropy
+from lora_cli.train.head import Parts, cross_entropy, parts
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Loss:
     model: PreTrainedModel
     scale: float | None
     """What the model multiplies its logits with; None where it does something else, or its head trains."""
+    split: Parts = parts
+    """Which positions the head computes at once, where it is not the model that computes them."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Loss":
@@ -47,7 +49,7 @@ class Loss:
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         hidden = states(self.model, batch, device, positions)
-        return cross_entropy(hidden, head.weight, head.bias, targets, self.scale)
+        return cross_entropy(hidden, head.weight, head.bias, targets, self.scale, self.split)
 
 
 def states(model: PreTrainedModel, batch: Batch, device: torch.device, positions: Tensor) -> Tensor:

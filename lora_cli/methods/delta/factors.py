@@ -85,10 +85,12 @@ class Factors(Delta):
 
     def _means(self, x: Tensor, now: Reading) -> Tensor:
         """Of the prompt of each document, float32 [documents, in]."""
-        count = int(now.document.max()) + 1
-        tokens, numbers = x[now.prompt].float(), now.document[now.prompt]
-        sums = x.new_zeros(count, x.shape[-1], dtype=torch.float32).index_add(0, numbers, tokens)
-        return sums / numbers.bincount(minlength=count).clamp(min=1)[:, None]
+        # What is no prompt is added to a document of its own, so that no shape depends on what the tokens say.
+        number = torch.where(now.prompt, now.document, now.documents).flatten()
+        tokens = x.flatten(0, 1).float()
+        sums = tokens.new_zeros(now.documents + 1, x.shape[-1]).index_add(0, number, tokens)
+        counts = tokens.new_zeros(now.documents + 1).index_add(0, number, torch.ones_like(tokens[:, 0]))
+        return sums[:-1] / counts[:-1].clamp(min=1)[:, None]
 
     def choose(self, means: Tensor) -> Chosen:
         """From the mean of a prompt [documents, in]."""

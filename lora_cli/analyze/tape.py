@@ -1,0 +1,83 @@
+"""What a micro-batch did, phase by phase: played for more blocks than were rehearsed, and for more documents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_cli.analyze.tally import Phase, Work
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one micro-batch."""
+
+    kept: int
+    """Bytes of activations that wait for the backward pass."""
+    peak: int
+    """Bytes at the highest point, without what is held."""
+    work: dict[str, Work]
+    """Stage (blocks, head) -> what is computed."""
+
+
+@dataclass(frozen=True)
+class Tape:
+    """A micro-batch through some blocks, phase by phase: what is needed to know it through more that are alike."""
+
+    before: Phase
+    """Embeddings, masks, positions."""
+    forward: Sequence[Phase]
+    """Of each block, from the bottom."""
+    norm: Phase
+    """Between the blocks and the head."""
+    head: Phase
+    """With the loss."""
+    turn: Phase
+    """Back from the loss to the blocks."""
+    backward: Sequence[Phase]
+    """Of each block, from the top, as far down as something trains."""
+
+    @classmethod
+    def of(cls, phases: Sequence[Phase], blocks: int) -> "Tape":
+        """Put phases that followed one another in their places.
+
+        Raises:
+            ValueError: the model does not go through its blocks one after the other, and then through its head.
+        """
+        if not blocks + 4 <= len(phases) <= 2 * blocks + 4:
+            raise ValueError("its blocks do not follow one another")
+        before, forward, rest = phases[0], phases[1 : blocks + 1], phases[blocks + 1 :]
+        return cls(before, forward, *rest[:3], rest[3:])
+
+    def played(self, order: Sequence[int]) -> Cost:
+        """What it costs to go through blocks that are like these of the tape, from the bottom."""
+        backward = dict(zip(reversed(range(len(self.forward))), self.backward, strict=False))
+        ahead = [self.before, *(self.forward[index] for index in order), self.norm, self.head]
+        back = [self.turn, *(backward[index] for index in reversed(order) if index in backward)]
+        live = kept = peak = 0
+        for number, phase in enumerate((*ahead, *back)):
+            kept = live if number == len(ahead) else kept
+            peak = max(peak, live + phase.high)
+            live += phase.left
+        head = self.head.work + Work(products=self.turn.work.products)
+        every = sum((phase.work for phase in (*ahead, *back)), Work())
+        return Cost(kept, peak, {"blocks": every - head, "head": head})
+
+
+def cut(tokens: int) -> tuple[int, int]:
+    """A row of tokens as two documents."""
+    return tokens // 2, tokens - tokens // 2
+
+
+def apart(one: Phase, two: Phase, lengths: Sequence[int]) -> Phase:
+    """A phase over packed documents that attend each by itself, from two over their row: uncut, and as `cut` cuts it.
+
+    Each document adds as many launches as the second of the two, and attention goes by Σ length².
+    """
+    tokens, more = sum(lengths), two.work - one.work
+    less = (_squares(lengths) - tokens**2) / (_squares(cut(tokens)) - tokens**2)
+    added = Work(attention=more.attention * less, launches=more.launches * (len(lengths) - 1))
+    return Phase(two.high, two.left, one.work + added)
+
+
+def _squares(lengths: Sequence[int]) -> int:
+    """Where there is nothing before a token, attention is not causal, and counts twice."""
+    return sum(length**2 if length > 1 else 2 for length in lengths)
