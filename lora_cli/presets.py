@@ -221,6 +221,22 @@ PRESETS: dict[str, Preset] = {
         "it is a little behind LoRA trained for that r alone.",
         parts={"delta": Part(name="nested"), "rank": Part(name="dylora")},
     ),
+    "alora": Preset(
+        title="ALoRA: components move from layers where they do little to layers where they do much",
+        paper="arXiv:2403.16187",
+        when="When layers differ in how much they have to learn, and the number of parameters is to stay what it is. "
+        "Rounds cost two passes over 32 held-out rows for every component of the model: for few layers or a small r.",
+        parts={"rank": Part(name="alora")},
+        keys={"r": 8},
+    ),
+    "autolora": Preset(
+        title="AutoLoRA: learns on held-out rows which components count, then trains LoRA with these ranks",
+        paper="arXiv:2403.09113",
+        when="When ranks are to be found in the run itself. `r` is the largest; about half of it is left. The first "
+        "part of the run, `rank: {autolora: {search: 0.3}}`, only finds the ranks, in steps of twice the cost.",
+        parts={"delta": Part(name="selected"), "rank": Part(name="autolora")},
+        keys={"r": 8},
+    ),
     "prilora": Preset(
         title="PRILoRA: ranks that rise with depth, and rows of A pruned by weight and input",
         paper="arXiv:2401.11316",

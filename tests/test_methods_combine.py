@@ -67,6 +67,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "init.pissa": [{}, {"niter": 3}],
     "scale.constant": [{}, {"value": 0.5}],
     "delta.gated": [{}, {"start": 1.0}],
+    "rank.alora": [{"rows": 2}, {"begin": 0.0, "rounds": 2, "rows": 3}],
+    "rank.autolora": [{}, {"search": 0.5, "held_out": 0.5}],
     "rank.adalora": [{"every": 1}, {"every": 2, "initial": 2.0, "orthogonality": 0.0}],
     "rank.dora_dynamic": [{"every": 1, "end": 0.8}, {"every": 2, "initial": 2.0, "dispersion": 0.0}],
     "rank.dylora": [{}, {"frozen": True}],
@@ -461,6 +463,11 @@ def frozen(combination: Combination, adapter: Adapter) -> set[str]:
         untrained = {name for name in untrained if not name.endswith((".A", ".B"))}
     if has(combination, "loraprune"):  # which rows stay
         untrained = {name for name in untrained if not name.endswith(".k")}
+    if combination.chosen["rank"][0].name in (
+        "alora",
+        "autolora",
+    ):  # others take their place, frozen as they were
+        untrained = {name for name in untrained if not name.endswith((".A", ".B", ".E"))}
     return {name for name in untrained if not (has(combination, "delta_lora") and ".fixed_" in name)}
 
 

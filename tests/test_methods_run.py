@@ -32,6 +32,7 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "sora": {"rank": {"sora": {"threshold": 0.03}}},
     "dora_dynamic": {"rank": {"dora_dynamic": {"every": 2}}},
     "prilora": {"rank": {"prilora": {"every": 4}}},
+    "alora": {"rank": {"alora": {"rounds": 3, "rows": 4}}, "target_modules": ("q_proj", "v_proj")},
     "aflora": {"lifecycle": {"aflora": {"every": 2, "end": 0.7}}},
     "sparse_adapter": {"lifecycle": {"sparse_adapter": {"after": 3}}},
     "loraprune": {"lifecycle": {"loraprune": {"every": 2}}},

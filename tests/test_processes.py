@@ -77,6 +77,8 @@ def test_balanced_experts_get_the_same_bytes_from_two_processes(bench, processes
 
 
 DECIDES: dict[str, dict[str, Any]] = {
+    "alora": {"rank": {"alora": {"rounds": 2, "rows": 3}}, "r": 4, "dropout": 0.2},
+    "autolora": {"rank": {"autolora": {"search": 0.6}}, "dropout": 0.2},
     "aflora": {"lifecycle": {"aflora": {"every": 1, "begin": 0.0, "end": 0.9}}},
     "dora_dynamic": {"rank": {"dora_dynamic": {"every": 1, "end": 0.9}}},
     "lora_drop": {"lifecycle": {"lora_drop": {"after": 0.5, "threshold": 0.3}}},

@@ -88,6 +88,8 @@ LONGER = {"train.max_steps": 4}
 EVALS = {"train.max_steps": 3, "train.eval_steps": 1}
 ADALORA = {"adapter.method": "adalora", "train.max_steps": 10}
 DYNAMIC = {"adapter.method": "dora_dynamic", "train.max_steps": 10}
+ALORA = {"adapter.method": "alora", "adapter.rank": {"alora": {"rounds": 1, "rows": 4}}, "train.max_steps": 5}
+AUTOLORA = {"adapter.method": "autolora", "train.max_steps": 8}
 PRILORA = {"adapter.method": "prilora", "train.max_steps": 5}
 EVERY_LAYER = {"adapter.rank": {"prilora": {"every": 1}}, "adapter.target_modules": "all-linear"}
 AFLORA = {"adapter.method": "aflora", "train.max_steps": 10}
@@ -312,6 +314,19 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "adapter.rank.dora_dynamic.dispersion": Case("adapter", {"dora_dynamic": {"dispersion": 9.0}}, DYNAMIC),
     "adapter.rank.dylora.frozen": Case(
         "adapter", {"dylora": {"frozen": True}}, {**LONGER, "adapter.method": "dylora"}
+    ),
+    "adapter.rank.alora.begin": Case("adapter", {"alora": {"rounds": 1, "rows": 4, "begin": 0.6}}, ALORA),
+    "adapter.rank.alora.rounds": Case("adapter", {"alora": {"rounds": 2, "rows": 4}}, ALORA),
+    "adapter.rank.alora.rows": Case("adapter", {"alora": {"rounds": 1, "rows": 3}}, ALORA),
+    "adapter.rank.autolora.search": Case("adapter", {"autolora": {"search": 0.6}}, AUTOLORA),
+    "adapter.rank.autolora.held_out": Case(
+        "adapter",
+        {"autolora": {"search": 0.8, "held_out": 0.6}},
+        {
+            **AUTOLORA,
+            "adapter.rank": {"autolora": {"search": 0.8}},
+            "adapter.target_modules": "all-linear",
+        },
     ),
     "adapter.rank.prilora.spread": Case("adapter", {"prilora": {"spread": 0.2}}, PRILORA),
     "adapter.rank.prilora.every": Case("adapter", {"prilora": {"every": 2}}, PRILORA),

@@ -108,8 +108,8 @@ class Training:
             lifecycle.setup(self)
         with self.computing():
             self.loss = Loss.of(self.model)
-        self.watched = self.adapter.trainable()
-        """At the start; some of them may be frozen on the way."""
+        self.watched = [*self.adapter.trainable()]
+        """By name; some of them may be frozen on the way, or give way to others."""
         self.connected = torch.zeros(len(self.watched), dtype=torch.bool)
         self.skipped = 0
         """Steps skipped because a gradient overflowed in float16; the scaler lowers its factor and goes on."""
@@ -348,7 +348,7 @@ def _watch(run: Training, rate: float) -> None:
     """Remember which tensors have had a gradient, or were held back; complain when some never had one."""
     if run.step >= WATCHED_STEPS or rate == 0:
         return
-    gradients = [p.grad for p in run.watched.values()]
+    gradients = [run.trained[name].grad if name in run.trained else None for name in run.watched]
     norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None])
     held_back = torch.tensor([g is None for g in gradients])
     run.connected[~held_back] |= (norms != 0).cpu()
