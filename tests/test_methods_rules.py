@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from lora_cli import model as models
 from lora_cli import presets
 from lora_cli.adapter import plan, rules
+from lora_cli.cli import app
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.presets import PRESETS
 from lora_cli.recipe.load import Loaded
@@ -29,29 +31,37 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "no input of A": ({"method": "optimizer_view", "dropout": 0.1}, {}, "combine: optimizer_view.*dropout"),
     **{
-        f"{init} of shared factors": ({"method": "vera", "init": init}, {}, "delta: vera: needs init.own")
+        f"{init} of shared factors": (
+            {"method": "vera", "init": init},
+            {},
+            r"\(delta: vera\): needs init.own",
+        )
         for init in SHIFTS
     },
     **{
-        f"{init} of closed gates": ({"method": "adalora", "init": init}, {}, "delta: gated: needs init.small")
+        f"{init} of closed gates": (
+            {"method": "adalora", "init": init},
+            {},
+            r"\(delta: gated\): needs init.small",
+        )
         for init in SHIFTS
     },
     "two that decide over ranks": (
         {"method": "adalora", "init": "eva"},
         {},
-        "rank: adalora.*init.eva.*one of both",
+        "rank: adalora.*init: eva.*one of both",
     ),
     "a rank controller over restarts": (
         {"method": "serial", "delta": "gated", "init": "small", "rank": "adalora"},
         {},
-        "rank.adalora",
+        "rank: adalora",
     ),
     "gates without a rank controller's start": ({"delta": "gated"}, {}, "delta: gated: needs init.small"),
     "a rank controller without gates": ({"rank": "adalora"}, {}, "rank: adalora: needs delta.gated"),
     "lengths of a W0 that changes": (
         {"method": "serial", "combine": "dora"},
         {},
-        "lifecycle: restart.*combine.dora",
+        "lifecycle: restart.*combine: dora",
     ),
     "a bias inside the length": ({"method": "dora", "lora_bias": True}, {}, "combine: dora.*lora_bias"),
     "two rates, A frozen": (
@@ -83,7 +93,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "A frozen at zero": ({"method": "lora_fa", "init": "zero_a"}, {}, "trainable: lora_fa.*zero for ever"),
     "B frozen at zero": ({"trainable": "only_a"}, {}, "trainable: only_a.*zero for ever"),
     "both factors zero": ({"init": "own"}, {}, "init: own.*A and B"),
-    "a start of its own": ({"method": "additive", "init": "pissa"}, {}, "delta: additive: needs init.own"),
+    "a start of its own": (
+        {"method": "additive", "init": "pissa"},
+        {},
+        r"\(delta: additive\): needs init.own",
+    ),
     "an alpha without effect": (
         {"method": "additive", "alpha": 4.0},
         {},
@@ -164,3 +178,92 @@ def test_what_does_not_go_with_a_layer_is_refused_before_it_has_weights(adapter,
         skeleton = tiny.model("llama")
     with pytest.raises(UserError, match=reason):
         plan.make(AdapterRecipe(**{"r": 4, **adapter}), skeleton, models.ends_of(skeleton))
+
+
+# ---- where it is told to be ----------------------------------------------------------------------------------------
+
+TOLD: dict[str, tuple[str, list[str], str]] = {
+    "two keys": (
+        "  combine: dora\n  lora_bias: true\n",
+        [],
+        "FILE:4: adapter.combine: dora: cannot be combined with adapter.lora_bias (FILE:5): "
+        "it would be scaled with its row, and no bias of a plain layer is\n  → leave one of the two out",
+    ),
+    "a part of the method and a key": (
+        "  init: pissa\n  method: vera\n",
+        [],
+        "FILE:5: adapter.method: vera (delta: vera): needs init.own, not adapter.init: pissa (FILE:4): "
+        "its A and B are common to all layers\n  → leave adapter.init out, or choose another method",
+    ),
+    "a key and a part of the method": (
+        "  method: adalora\n  trainable: only_core\n",
+        [],
+        "FILE:5: adapter.trainable: only_core: cannot be combined with adapter.method: adalora (rank: adalora) "
+        "(FILE:4): it weighs the gradients of A and B, which have none\n"
+        "  → leave adapter.trainable out, or choose another method",
+    ),
+    "a key and a default": (
+        "  trainable: only_a\n",
+        [],
+        "FILE:4: adapter.trainable: only_a: cannot be combined with adapter.init: kaiming: B would stay zero for ever, "
+        "and with it ΔW: choose an init that fills B\n  → set adapter.init to something else",
+    ),
+    "what is missing": (
+        "  rank: adalora\n",
+        [],
+        "FILE:4: adapter.rank: adalora: needs delta.gated, not adapter.delta: lowrank: "
+        "components are closed by their gates\n  → set adapter.delta: gated",
+    ),
+    "what is said of a part": (
+        "  method: molora\n  lifecycle: restart\n",
+        [],
+        "FILE:5: adapter.lifecycle: restart: needs a mergeable delta, not adapter.method: molora (delta: experts) "
+        "(FILE:4): every restart adds ΔW to W\n  → leave adapter.lifecycle out, or choose another method",
+    ),
+    "the command line": (
+        "  method: vera\n",
+        ["--set", "adapter.lora_bias=true"],
+        "FILE:4: adapter.method: vera (delta: vera): cannot be combined with adapter.lora_bias (--set): "
+        "VeRA has none\n  → leave adapter.lora_bias out, or choose another method",
+    ),
+    "two mistakes": (
+        "  method: vera\n  init: pissa\n  lora_bias: true\n",
+        [],
+        "FILE:4: adapter.method: vera (delta: vera): cannot be combined with adapter.lora_bias (FILE:6): "
+        "VeRA has none\n  → leave adapter.lora_bias out, or choose another method\n"
+        "FILE:4: adapter.method: vera (delta: vera): needs init.own, not adapter.init: pissa (FILE:5): "
+        "its A and B are common to all layers\n  → leave adapter.init out, or choose another method",
+    ),
+    "another section": (
+        "  init: loftq\n",
+        [],
+        "FILE:4: adapter.init: loftq: needs base.quantized: it starts as what quantising takes\n"
+        "  → set model.quantize: nf4",
+    ),
+    "no clash at all": (
+        "  method: qlora\n",
+        ["--set", "model.split_experts=true"],
+        "--set: model.split_experts: experts that are taken apart stay as they are stored, and would not be quantised"
+        "\n  → leave one of the two out",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "check", "estimate"])
+@pytest.mark.parametrize(("adapter", "options", "told"), TOLD.values(), ids=TOLD)
+def test_both_keys_are_told_with_their_lines_and_what_to_do(command, adapter, options, told, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{name: /nowhere/model}}\ndata: {{train: rows.jsonl}}\nadapter:\n{adapter}")
+    error = CliRunner().invoke(app, [command, str(path), *options]).exception
+    assert isinstance(error, UserError)
+    assert str(error) == told.replace("FILE", str(path))
+
+
+def test_kinds_of_layers_are_told_with_the_key_that_leaves_them_out():
+    with torch.device("meta"):
+        skeleton = tiny.model("llama")
+    adapter = AdapterRecipe(method="dora", target_modules=("embed_tokens", "q_proj"))
+    with pytest.raises(UserError) as caught:
+        plan.make(adapter, skeleton, models.ends_of(skeleton))
+    assert caught.value.beside == "adapter.target_modules"
+    assert caught.value.fix == "leave such layers out, by adapter.exclude_modules"

@@ -144,11 +144,12 @@ def make(
     Raises:
         UserError: a pattern matches nothing, parts do not go together, or one end of a tie is adapted.
     """
-    method, adapter = presets.resolve(adapter, optimizer, quantize), presets.with_defaults(adapter)
+    method = presets.resolve(adapter, optimizer, quantize)
+    written, adapter = adapter, presets.with_defaults(adapter)
     adaptable = _adaptable(model)
     names = _targets(adapter, adaptable, ends)
     kinds = {adaptable[name][0] for name in names} | _packed(adaptable)
-    rules.check(method, rules.facts_of(method, adapter, kinds))
+    rules.check(method, rules.facts_of(method, written, kinds))
     check_in_full(adapter, method.base is not None or "packed" in kinds)
     whole = [f"{name}.weight" for name in names if method.delta.name == WHOLE]
     if whole and EVERYTHING in adapter.train_also:

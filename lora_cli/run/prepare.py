@@ -43,8 +43,7 @@ def check_method(recipe: Recipe) -> None:
         what, fix = "a folder has no revisions", "leave it out, or name an id on the Hub"
         raise UserError(what, where="model.revision", fix=fix)
     method = presets.resolve(recipe.adapter, recipe.train.optimizer, recipe.model.quantize)
-    adapter = presets.with_defaults(recipe.adapter)
-    rules.check(method, rules.facts_of(method, adapter) | _changed(recipe.train))
+    rules.check(method, rules.facts_of(method, recipe.adapter) | _changed(recipe.train))
     if method.attention.name != "full" and recipe.model.attention in ("eager", "flash_attention_2"):
         what = (
             f"adapter.attention: {method.attention.name} stands in for sdpa, not for {recipe.model.attention}"
@@ -53,7 +52,7 @@ def check_method(recipe: Recipe) -> None:
     _refuse_plain(recipe)
     if method.base is not None:
         parts.load("base", method.base.name).require()
-        plans.check_in_full(adapter, quantised=True)
+        plans.check_in_full(presets.with_defaults(recipe.adapter), quantised=True)
     if method.base is not None and recipe.model.split_experts:
         what, fix = "experts that are taken apart stay as they are stored", "leave one of the two out"
         raise UserError(f"{what}, and would not be quantised", where="model.split_experts", fix=fix)
