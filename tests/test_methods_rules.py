@@ -1,5 +1,6 @@
 """Parts that do not go together are refused with the reason, before anything is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,24 @@ import torch
 from typer.testing import CliRunner
 
 from lora_cli import model as models
-from lora_cli import presets
+from lora_cli import parts, presets
 from lora_cli.adapter import plan, rules
 from lora_cli.cli import app
 from lora_cli.errors import ExitCode, UserError
+from lora_cli.parts import Part
 from lora_cli.presets import PRESETS
-from lora_cli.recipe.load import Loaded
+from lora_cli.recipe.dump import to_yaml
+from lora_cli.recipe.load import Loaded, load
 from lora_cli.recipe.schema import AdapterRecipe, Recipe
-from lora_cli.run.check import check
+from lora_cli.run.check import _with_preset, check
+from lora_cli.run.prepare import check_method, resolved
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
 from tests import tiny
 from tests.adapters import SHIFTS
+from tests.test_core_conformance import settings_of
 
+NO_RANK = ("ia3", "ln_tuning", "bitfit", "svdiff", "sam_parser", "full")
 MOVES_W = ("optimizer_view", "serial", "relora", "cola", "xgblora", "flora", "galore", "random_projection")
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -112,8 +118,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a second pass over a ledger": (
         {"method": "malora", "dropout": 0.1, "lifecycle": ["load_balance", "r_drop"]},
         {},
-        r"lifecycle: r_drop.*lifecycle\.load_balance",
+        r"lifecycle: r_drop.*lifecycle: load_balance",
     ),
+    **{
+        f"an r without effect, {method}": (
+            {"method": method, "r": 4},
+            {},
+            rf"method: {method}.*adapter\.r: it has no rank",
+        )
+        for method in NO_RANK
+    },
     "ranks of one pair": ({"method": "vera", "rank_pattern": {"q_proj": 2}}, {}, "delta: vera.*rank_pattern"),
 }
 
@@ -145,6 +159,54 @@ def test_what_does_not_go_together_is_refused_before_anything_is_loaded(adapter,
 def test_what_a_method_is_made_of_is_not_refused(method, tmp_path):
     with pytest.raises(UserError, match="/nowhere/model"):
         train(recipe({"method": method}, {}, tmp_path / "run"), Screen())
+
+
+@pytest.mark.parametrize("method", NO_RANK)
+def test_a_key_without_effect_is_taken_back_by_null(method, tmp_path):
+    with pytest.raises(UserError, match="/nowhere/model"):
+        train(recipe({"method": method, "r": None, "alpha": None}, {}, tmp_path / "run"), Screen())
+
+
+@pytest.mark.parametrize("delta", parts.names("delta"))
+def test_r_is_refused_where_nothing_depends_on_it_and_nowhere_else(delta):
+    part, settings = parts.load("delta", delta), settings_of(delta)
+    none = {"layer": "q_proj", "in_features": 16, "out_features": 24}
+    shared = getattr(part, "shared_shapes", lambda *_, **__: {})
+    sizes = [(part.shapes(16, 24, r, **settings), shared(**none, r=r, **settings)) for r in (2, 4)]
+    depends = sizes[0] != sizes[1] or delta == "nola"  # its random matrices are of rank r
+    assert ("r" in rules.stated("forbids", "delta", Part(delta))) != depends
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_resolved_recipe_asks_for_what_the_recipe_does(method, tmp_path):
+    """It is what stands in the run's folder: read again, it is not refused, and plans the same."""
+    asked = recipe({"method": method}, {}, tmp_path / "run")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(resolved(asked)))
+    again = load(path).recipe
+    check_method(again)
+    assert again == resolved(again)
+    with torch.device("meta"):
+        skeleton = tiny.model("llama", attention_bias=True, mlp_bias=True)
+    assert planned(again, skeleton) == planned(asked, skeleton)
+
+
+def planned(recipe: Recipe, skeleton: Any) -> Any:
+    """The plan, or why there is none; a dropout of 0 may be written out or not."""
+    try:
+        made = plan.make(recipe.adapter, skeleton, models.ends_of(skeleton), untied=True)
+        return replace(made, method=replace(made.method, dropout=Part("standard")))
+    except UserError as error:
+        return str(error)
+
+
+def test_what_the_method_sets_is_shown_as_the_methods(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {name: m}\ndata: {train: rows.jsonl}\nadapter: {method: vera}\n")
+    shown = {key: (value, origin) for key, value, origin in _with_preset(load(path))}
+    assert shown["adapter.r"] == ("256", "method vera")
+    assert shown["adapter.method"] == ("vera", f"{path}:3")
+    assert shown["adapter.layers"] == ("null", "default")
 
 
 @pytest.mark.parametrize("name", MOVES_W)
@@ -219,6 +281,15 @@ TOLD: dict[str, tuple[str, list[str], str]] = {
         [],
         "FILE:5: adapter.lifecycle: restart: needs a mergeable delta, not adapter.method: molora (delta: experts) "
         "(FILE:4): every restart adds ΔW to W\n  → leave adapter.lifecycle out, or choose another method",
+    ),
+    "keys without effect": (
+        "  method: ia3\n  r: 8\n  alpha: 16\n",
+        [],
+        "FILE:4: adapter.method: ia3 (delta: ia3): cannot be combined with adapter.r (FILE:5): it has no rank\n"
+        "  → leave adapter.r out, or set it to null, or choose another method\n"
+        "FILE:4: adapter.method: ia3 (scale: constant): cannot be combined with adapter.alpha (FILE:6): "
+        "the method has a scale of its own, on which it would have no effect\n"
+        "  → leave adapter.alpha out, or set it to null, or choose another method",
     ),
     "the command line": (
         "  method: vera\n",

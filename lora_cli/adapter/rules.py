@@ -40,7 +40,9 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
     if method.base is not None:
         facts.add("base.quantized")
     if adapter is not None:
-        facts |= {key for key in adapter.model_fields_set if getattr(adapter, key)} - set(parts.AXES)
+        usual = {key: field.default for key, field in AdapterRecipe.model_fields.items()}
+        others = {*parts.AXES, "r"}  # a plan has an r in any case
+        facts |= {key for key, value in adapter if value and value != usual[key] and key not in others}
         if presets.with_defaults(adapter).train_also:
             facts.add("train_also")
     return facts | {f"base.{kind}" for kind in bases}

@@ -43,6 +43,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
         UserError: anything the user can mend; whatever was finished before stays on disk.
     """
     prepare.check_method(recipe)
+    recipe = prepare.resolved(recipe)
     with exactly(recipe.train.deterministic), joined() as accelerator:
         processes = Processes(accelerator)
         root = Path(str(recipe.output.dir))
