@@ -29,6 +29,9 @@ from lora_cli.train.gradient import token_budget
 from lora_cli.train.loop import StepReport, Training, train_steps
 from lora_cli.train.processes import Processes, joined
 
+MEASURED_TWICE_AS_FAST = 100_000_000
+"""Parameters, about those of the smallest model that was measured to gain by bfloat16 on a CPU; tiny ones do not."""
+
 
 def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collection[str] = ()) -> Path:
     """Fine-tune as the recipe says; return the folder that holds the adapter.
@@ -134,7 +137,8 @@ class Story:
             self.screen.note(f"the base is shared out: {held}B of {whole}B in each process")
         elif run.train.parallel == "fsdp":
             self.screen.note("one process alone keeps the whole base")
-        if run.precision is torch.float32 and models.multiplies_bfloat16(run.accelerator.device):
+        slow = run.precision is torch.float32 and models.multiplies_bfloat16(run.accelerator.device)
+        if slow and total >= MEASURED_TWICE_AS_FAST:
             self.screen.note("this CPU is about twice as fast with --set model.dtype=bfloat16")
 
     def steps(self) -> None:
