@@ -1,7 +1,8 @@
 """`lora train`: fine-tune as the recipe says and save the adapter. Read `train` first; the rest are its details."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
         folder, screen = (RunFolder(root), screen) if processes.leads else (Onlooker(root), Screen.silent())
         if not resume:
             folder.check_new()
-        with folder.held():
+        with folder.held(), _nothing_left_behind(folder):
             if processes.told(folder.writes and _is_finished(folder, recipe, screen, allowed)):
                 return folder.adapter
             held = _begun_with(folder, recipe, allowed) if folder.writes else None
@@ -106,7 +107,9 @@ class Story:
         if path is None and problems:
             what = "no checkpoint is usable"
             raise UserError(what, where=str(self.folder.checkpoints), code=ExitCode.NO_CHECKPOINT)
-        if path is not None:
+        if path is None:
+            self.screen.note("nothing to go on with here: starting at step 1")
+        else:
             self.progress = Progress(**checkpoint.restore(path, self.run))
             self.screen.note(f"going on after step {self.run.step}")
         self.folder.cut_log(self.run.step, self.progress.evaluated)
@@ -303,6 +306,32 @@ class Story:
         self.screen.note(
             f"trained {self.run.step:,} steps in {duration(seconds)}; adapter in {self.folder.adapter}{share}"
         )
+
+
+@contextmanager
+def _nothing_left_behind(folder: RunFolder) -> Generator[None]:
+    """What ends a run that has not begun leaves nothing of it; a stop outside of the steps says what there is.
+
+    Raises:
+        UserError: somebody has asked to stop, whatever a library made of it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stopped, begun = _is_stop(error), folder.holds_steps
+        if not begun and (stopped or not folder.recipe.exists()):
+            folder.clear()
+        if not stopped:
+            raise
+        what, fix = "stopped before the first step; nothing to resume", "the same command starts anew"
+        if begun:
+            what, fix = "stopped; what was saved is untouched", "the same command with --resume goes on"
+        raise UserError(what, where=str(folder.root), fix=fix, code=ExitCode.INTERRUPTED) from error
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether this is a signal's KeyboardInterrupt, or what was made of one."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_stop(error.__context__))
 
 
 def _begun_with(folder: RunFolder, recipe: Recipe, allowed: Collection[str]) -> origin.Contents:
