@@ -123,7 +123,7 @@ def train(
     Ctrl-C stops after the step under way and saves everything; --resume then goes on exactly where it stopped.
     Under torchrun or accelerate launch (-m lora_cli train ...) --processes is theirs to say.
     """
-    from lora_cli.recipe.load import check_parts, load
+    from lora_cli.recipe.load import check_parts, load, placing
 
     loaded = load(recipe, overrides or [], output)
     check_parts(loaded)
@@ -134,7 +134,8 @@ def train(
         return
     from lora_cli.run.train import train
 
-    train(loaded.recipe, Screen(), resume, allow_change or [])
+    with placing(loaded):
+        train(loaded.recipe, Screen(), resume, allow_change or [])
 
 
 def _is_to_launch(processes: int | None, nodes: int, rendezvous: str | None) -> bool:
@@ -165,14 +166,15 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Validate a recipe and show what it would do: settings, adapted layers, data. Nothing is trained."""
-    from lora_cli.recipe.load import check_parts, load
+    from lora_cli.recipe.load import check_parts, load, placing
 
     loaded = load(recipe, overrides or [])
     check_parts(loaded)
     from lora_cli.run.check import check
 
     screen = Screen()
-    screen.result(check(loaded, screen, rows), as_json)
+    with placing(loaded):
+        screen.result(check(loaded, screen, rows), as_json)
 
 
 @app.command()
@@ -199,13 +201,14 @@ def estimate(
     The model's folder may hold config.json alone. Peaks are those of one process; a token's cost is counted by
     rehearsing a step on tensors without numbers.
     """
-    from lora_cli.recipe.load import check_parts, load
+    from lora_cli.recipe.load import check_parts, load, placing
 
     check_parts(loaded := load(recipe, overrides or []))
     from lora_cli.run.estimate import estimate
 
     screen = Screen()
-    screen.result(estimate(loaded, screen, device=device, gpus=gpus, measure=calibrate), as_json)
+    with placing(loaded):
+        screen.result(estimate(loaded, screen, device=device, gpus=gpus, measure=calibrate), as_json)
 
 
 @app.command(name="eval")

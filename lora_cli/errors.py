@@ -10,7 +10,7 @@ some_of         the first of many places, and how many more there are
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
 LONGEST = 60
@@ -19,6 +19,8 @@ SHOWN = 5
 """Places named in an error that is about many."""
 USER = re.compile(r"(:/+)[^/\s@\"']+(?=@)")
 """Name and password in an address."""
+KEY = re.compile(r"(?:model|data|adapter|train|eval|output)(?:\.\w+)+")
+"""A key of a recipe, at the beginning of what an error is about."""
 
 
 def short(text: str) -> str:
@@ -71,14 +73,22 @@ class UserError(Exception):
         where: file:line, key or layer that it is about.
         fix: what to do about it.
         code: the process's exit code.
+        beside: of two keys that do not go together the one that `what` names, in its words.
     """
 
     def __init__(
-        self, what: str, *, where: str = "", fix: str = "", code: ExitCode = ExitCode.RECIPE
+        self,
+        what: str,
+        *,
+        where: str = "",
+        fix: str = "",
+        code: ExitCode = ExitCode.RECIPE,
+        beside: str = "",
     ) -> None:
         """Keep the parts, so that a test or another front end can ask for them."""
         super().__init__(what)
-        self.what, self.where, self.fix, self.code = what, where, fix, code
+        self.what, self.where, self.fix, self.code, self.beside = what, where, fix, code, beside
+        self.joined: tuple[UserError, ...] = ()
 
     def __str__(self) -> str:
         """`where: what (fix)`, the form every message has."""
@@ -92,7 +102,24 @@ class UserError(Exception):
         found = list(errors)
         if len(found) == 1:
             return found[0]
-        return cls("\n".join(str(error) for error in found), code=found[0].code)
+        joined = cls("\n".join(str(error) for error in found), code=found[0].code)
+        joined.joined = tuple(found)
+        return joined
+
+    def placed(self, origin: Callable[[str], str]) -> "UserError":
+        """The same, with the place of every key that it is about.
+
+        Args:
+            origin: dotted key -> where it was written, such as file:line; empty where it was not.
+        """
+        if self.joined:
+            return UserError.several(error.placed(origin) for error in self.joined)
+        first, second = (
+            origin(found[0]) if (found := KEY.match(each)) else "" for each in (self.where, self.beside)
+        )
+        where = f"{first}: {self.where}" if first else self.where
+        what = self.what.replace(self.beside, f"{self.beside} ({second})", 1) if second else self.what
+        return type(self)(what, where=where, fix=self.fix, code=self.code)
 
 
 class UnknownCostError(UserError):

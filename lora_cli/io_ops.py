@@ -115,6 +115,9 @@ def held(lock: Path) -> Generator[None]:
                 what, fix = "is a second name of some other file", "remove this one"
                 raise UserError(what, where=str(lock), fix=fix, code=ExitCode.DISK)
             _lock(handle, lock.parent)
+            if not lock.exists() or not os.path.samestat(os.fstat(handle), lock.stat()):
+                what, fix = "a run that was stopped here is just leaving", "start again"
+                raise UserError(what, where=str(lock.parent), fix=fix, code=ExitCode.LOCKED)
         yield
     finally:
         os.close(handle)
@@ -225,6 +228,13 @@ def remove(path: Path) -> None:
             shutil.rmtree(going)
         else:
             going.unlink()
+
+
+def remove_empty(*folders: Path) -> None:
+    """Remove those of the folders that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -693,7 +693,8 @@ def resolve(adapter: "AdapterRecipe", optimizer: Part | None = None, quantize: s
 def with_defaults(adapter: "AdapterRecipe") -> "AdapterRecipe":
     """The section with the preset's values for the keys that the recipe does not set."""
     preset = _preset(adapter.method)
-    left = {key: value for key, value in preset.keys.items() if key not in adapter.model_fields_set}
+    given = {key for key in adapter.model_fields_set if getattr(adapter, key) is not None}
+    left = {key: value for key, value in preset.keys.items() if key not in given}
     return adapter.model_copy(update=left)
 
 

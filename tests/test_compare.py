@@ -326,6 +326,16 @@ def test_mistakes_in_the_settings_of_parts_are_told_with_their_line_before_train
     assert commands == []
 
 
+def test_a_key_that_one_variant_has_no_use_for_is_told_with_its_line_and_taken_back_by_null(recipe, commands):
+    path = recipe("compare:\n  a: {}\n  b: {adapter.method: ia3}\n")
+    with pytest.raises(
+        UserError, match=rf"{path}:11: adapter.method: ia3.*variant 'b': .*adapter\.r \({path}:6\)"
+    ):
+        compare(made(path, seeds=1), Screen())
+    path.write_text(path.read_text().replace("ia3", "ia3, adapter.r: null"))
+    assert compare(made(path, seeds=1), Screen())["failed"] == 0
+
+
 def lora(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "lora_cli", *arguments],

@@ -596,6 +596,54 @@ def test_a_signal_that_a_library_makes_an_error_of_is_a_stop_all_the_same(
 
 
 @pytest.mark.usefixtures("stop_handlers")
+@pytest.mark.parametrize("place", [(models, "load"), (prepare, "load_data"), (Story, "announce")])
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_a_stop_before_the_first_step_says_so_and_leaves_no_run(bench, monkeypatch, capsys, place, options):
+    asked = bench.recipe()
+    root, command = root_of(asked), ["train", str(bench.file(asked))]
+    with monkeypatch.context() as patched:
+        signalled(patched, place, *([signal.SIGINT] if place[0] is not Story else []))
+        if place[0] is Story:
+            patched.setattr(*place, lambda _: os.kill(os.getpid(), signal.SIGINT))
+        assert lora(patched, *command, *options) == ExitCode.INTERRUPTED
+    told = " ".join(capsys.readouterr().err.split())
+    assert "stopped before the first step; nothing to resume → the same command starts anew" in told
+    assert not root.exists() or {path.name for path in root.iterdir()} == {".lock", "cache"}
+    assert lora(monkeypatch, *command) == 0
+    assert result(asked) == bench.expected
+
+
+def test_what_is_wrong_with_a_run_that_has_not_begun_leaves_nothing_of_it(bench):
+    asked = bench.recipe()
+    asked = asked.model_copy(update={"model": asked.model.model_copy(update={"name": "/nowhere"})})
+    with pytest.raises(UserError, match="/nowhere"):
+        train(asked, Screen())
+    assert not root_of(asked).exists()
+
+
+@pytest.mark.usefixtures("stop_handlers")
+def test_a_stop_while_a_run_is_opened_again_leaves_what_was_saved(bench, monkeypatch, capsys):
+    asked = bench.recipe()
+    command = ["train", str(bench.file(asked)), "--resume"]
+    with monkeypatch.context() as patched:
+        signalled(patched, (checkpoint, "save"), signal.SIGINT)
+        assert lora(patched, *command) == ExitCode.INTERRUPTED
+    saved = good(root_of(asked) / "checkpoints")
+    with monkeypatch.context() as patched:
+        signalled(patched, (models, "load"), signal.SIGINT)
+        assert lora(patched, *command) == ExitCode.INTERRUPTED
+    told = " ".join(capsys.readouterr().err.split())
+    assert "stopped; what was saved is untouched → the same command with --resume goes on" in told
+    assert good(root_of(asked) / "checkpoints") == saved != []
+    assert resumed(asked) == bench.expected
+
+
+def test_a_resume_that_finds_no_step_says_where_it_starts(bench, capsys):
+    train(bench.recipe(), Screen(), resume=True)
+    assert "nothing to go on with here: starting at step 1" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("stop_handlers")
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_second_signal_ends_the_process_at_once_and_the_last_checkpoint_is_whole(bench, monkeypatch, phase):
     asked = bench.recipe()

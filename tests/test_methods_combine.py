@@ -346,7 +346,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "4, restart": ({"method": "adalora", "lifecycle": "restart"}, "decides over a whole run"),
     "6": (
         {"method": "dora", "lora_bias": True, "target_modules": ("up",)},
-        "cannot be combined with lora_bias",
+        "cannot be combined with adapter.lora_bias",
     ),
     "7, LoRA+": ({"trainable": "lora_fa", "optimizer": "lora_plus"}, "one rate only"),
     "7, LoRA+ of A": ({"method": "galore", "lifecycle": (), "optimizer": "lora_plus"}, "one rate only"),

@@ -908,7 +908,7 @@ def test_a_model_that_is_quantised_in_another_way_is_refused_by_name(recipe, sto
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     **{
-        name: ({"method": name}, "base.quantized")
+        name: ({"method": name}, "cannot be combined with model.quantize: nf4")
         for name in (
             "full",
             "optimizer_view",

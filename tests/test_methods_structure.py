@@ -435,11 +435,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"q_proj \(32×32\): n = 3 has to divide both sides",
     ),
     "two pairs, A frozen": ({"method": "loha", "trainable": "lora_fa"}, "two pairs of factors"),
-    "another start": ({"method": "lokr", "init": "kaiming"}, "delta: lokr: needs init.own"),
+    "another start": ({"method": "lokr", "init": "kaiming"}, r"\(delta: lokr\): needs init.own"),
     "a table": ({"method": "loha", "target_modules": ("embed_tokens",)}, "base.embedding: a table"),
     "a core of zeros beside a zero": ({"delta": "core"}, "delta: core: needs init.closed or init.svd_of_w"),
     "nothing between": ({"trainable": "only_core"}, "trainable: only_core: needs delta.core or delta.gated"),
-    "importance without gradients": ({"method": "adalora", "trainable": "only_core"}, "rank.adalora"),
+    "importance without gradients": ({"method": "adalora", "trainable": "only_core"}, "rank: adalora"),
     "a frame that trains": ({"method": "deep_lora", "trainable": "lora_fa"}, "frozen anyway"),
 }
 

@@ -485,3 +485,13 @@ def test_a_cpu_that_multiplies_bfloat16_is_used_where_the_files_lose_nothing(
     monkeypatch.setattr(models, "multiplies_bfloat16", lambda device: has)
     loaded = models.load(ModelRecipe(name=str(tmp_path))).model
     assert loaded.dtype == (torch.bfloat16 if has and stored is torch.bfloat16 else torch.float32)
+
+
+@pytest.mark.parametrize(("parameters", "told"), [(90_000_000, False), (134_515_008, True)])
+def test_bfloat16_is_recommended_where_it_was_measured_to_be_faster(
+    recipe, monkeypatch, capsys, parameters, told
+):
+    monkeypatch.setattr(models, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(models, "size_of", lambda model: parameters)
+    train(recipe(), Screen())
+    assert ("model.dtype=bfloat16" in " ".join(capsys.readouterr().err.split())) == told

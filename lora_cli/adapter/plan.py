@@ -21,6 +21,8 @@ from lora_cli.parts import Part
 from lora_cli.presets import Method
 from lora_cli.recipe.schema import AdapterRecipe
 
+R = 16
+"""Where the recipe takes its own back: the schema's default."""
 ALPHA = 32.0
 """Where the recipe names none: twice the default r."""
 WHOLE = "whole"
@@ -144,11 +146,12 @@ def make(
     Raises:
         UserError: a pattern matches nothing, parts do not go together, or one end of a tie is adapted.
     """
-    method, adapter = presets.resolve(adapter, optimizer, quantize), presets.with_defaults(adapter)
+    method = presets.resolve(adapter, optimizer, quantize)
+    written, adapter = adapter, presets.with_defaults(adapter)
     adaptable = _adaptable(model)
     names = _targets(adapter, adaptable, ends)
     kinds = {adaptable[name][0] for name in names} | _packed(adaptable)
-    rules.check(method, rules.facts_of(method, adapter, kinds))
+    rules.check(method, rules.facts_of(method, written, kinds))
     check_in_full(adapter, method.base is not None or "packed" in kinds)
     whole = [f"{name}.weight" for name in names if method.delta.name == WHOLE]
     if whole and EVERYTHING in adapter.train_also:
@@ -301,7 +304,7 @@ def _depth(name: str, blocks: list[int]) -> float:
 def _layer(
     name: str, kind: str, base: Base, depth: float, adapter: AdapterRecipe, method: Method
 ) -> LayerSpec:
-    r = int(first_match(adapter.rank_pattern, name) or adapter.r)
+    r = int(first_match(adapter.rank_pattern, name) or adapter.r or R)
     controller = parts.load("rank", method.rank.name)
     if hasattr(controller, "initial_r"):
         r = controller.initial_r(r, depth=depth, **parts.settings("rank", method.rank))
@@ -392,7 +395,7 @@ def _also_one(word: str, model: nn.Module, ends: Ends) -> list[str]:
 def _check_unchosen(adapter: AdapterRecipe) -> None:
     """Where everything trains whole, a choice of modules would be read and passed over."""
     for key in ("target_modules", "exclude_modules", "layers"):
-        if key in adapter.model_fields_set and getattr(adapter, key):
+        if getattr(adapter, key) not in (AdapterRecipe.model_fields[key].default, None):
             what, fix = (
                 "has no effect where everything is trained",
                 "leave it out, or set adapter.train_also: []",

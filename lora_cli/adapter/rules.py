@@ -10,18 +10,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
-from lora_cli import parts
+from lora_cli import parts, presets
+from lora_cli.adapter import clash
+from lora_cli.adapter.clash import DROPS, MERGEABLE, SHIFTED
 from lora_cli.errors import UserError
 from lora_cli.parts import Part
 from lora_cli.presets import Method
 from lora_cli.recipe.schema import AdapterRecipe
-
-MERGEABLE = "a mergeable delta"
-"""The fact that ΔW does not depend on the input."""
-SHIFTED = "a start that stands for a part of W0"
-"""The fact that this part is taken off W0, by the init or by quantising."""
-DROPS = "something that drops"
-"""The fact that two passes in training mode differ: by dropout of ΔW's input, or by the part of the attention axis."""
 
 
 def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterable[str] = ()) -> set[str]:
@@ -29,7 +24,7 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
 
     Args:
         method: the chosen parts.
-        adapter: the section of the recipe, for the keys that it sets.
+        adapter: the section of the recipe as it is written.
         bases: kinds of the layers to be adapted.
     """
     facts = {
@@ -45,7 +40,11 @@ def facts_of(method: Method, adapter: AdapterRecipe | None = None, bases: Iterab
     if method.base is not None:
         facts.add("base.quantized")
     if adapter is not None:
-        facts |= {key for key in adapter.model_fields_set if getattr(adapter, key)} - set(parts.AXES)
+        usual = {key: field.default for key, field in AdapterRecipe.model_fields.items()}
+        others = {*parts.AXES, "r"}  # a plan has an r in any case
+        facts |= {key for key, value in adapter if value and value != usual[key] and key not in others}
+        if presets.with_defaults(adapter).train_also:
+            facts.add("train_also")
     return facts | {f"base.{kind}" for kind in bases}
 
 
@@ -71,33 +70,23 @@ def check(method: Method, facts: Collection[str]) -> None:
         UserError: with the reason that the part gives.
     """
     chosen = [(axis, part) for axis, found in method.chosen().items() for part in found]
-    broken = [error for axis, part in chosen for error in _broken(axis, part, facts)]
-    for (axis, name), count in Counter((axis, part.name) for axis, part in chosen).items():
-        if count > 1:
-            broken.append(
-                UserError("stands there twice: each would undo the other", where=_where(axis, name))
-            )
+    broken = [error for axis, part in chosen for error in _broken(method, axis, part, facts)]
+    counts = Counter((axis, part.name) for axis, part in chosen)
+    broken += [clash.twice(method, *each) for each, count in counts.items() if count > 1]
     if broken:
         raise UserError.several(broken)
 
 
-def _broken(axis: str, part: Part, facts: Collection[str]) -> Iterable[UserError]:
-    where = _where(axis, part.name)
+def _broken(method: Method, axis: str, part: Part, facts: Collection[str]) -> Iterable[UserError]:
     for fact, reason in stated("forbids", axis, part).items():
         if fact in facts:
-            yield UserError(f"cannot be combined with {fact}: {reason}", where=where)
+            yield clash.forbidden(method, axis, part.name, fact, reason)
     for fact, reason in stated("needs", axis, part).items():
         if not any(each in facts for each in fact.split(" or ")):
-            yield UserError(f"needs {fact}: {reason}", where=where)
+            yield clash.missing(method, axis, part.name, fact, reason)
 
 
 def stated(kind: Literal["needs", "forbids"], axis: str, part: Part) -> Mapping[str, str]:
     """What the part's file says with these settings."""
     found = getattr(parts.load(axis, part.name), kind, {})
     return found if isinstance(found, Mapping) else found(**parts.settings(axis, part))
-
-
-def _where(axis: str, name: str) -> str:
-    if axis == "base":
-        return f"model.quantize: {name}"
-    return f"{'train' if axis == 'optimizer' else 'adapter'}.{axis}: {name}"

@@ -4,7 +4,8 @@ Paths in a recipe are relative to the current directory, as in the shell; only `
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import chain, islice
@@ -89,6 +90,15 @@ def check_parts(loaded: Loaded) -> None:
                 found += explain.complaints(settings, part.settings, partial(_place_in, loaded), top)
     if found:
         raise UserError.several(sorted(found, key=_position))
+
+
+@contextmanager
+def placing(loaded: Loaded) -> Generator[None]:
+    """Inside the block an error about a key also tells where the recipe has it."""
+    try:
+        yield
+    except UserError as error:
+        raise error.placed(loaded.origin) from error
 
 
 def settings_of(axis: str, name: str) -> type[Section]:

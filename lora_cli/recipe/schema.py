@@ -318,8 +318,10 @@ class AdapterRecipe(Section):
     """What is added to the model: a preset, and any axis of it set differently."""
 
     method: NotEmpty = Field(default="lora", description="Name of a method, see `lora methods`.")
-    r: Positive = Field(
-        default=16, description="Columns of B and rows of A; trainable parameters grow linearly with it."
+    r: Positive | None = Field(
+        default=16,
+        description="Columns of B and rows of A; trainable parameters grow linearly with it. "
+        "null is as if it was not written, which some methods ask for.",
     )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         default=None,

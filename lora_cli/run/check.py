@@ -4,6 +4,7 @@ import dataclasses
 import math
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,13 @@ def _with_preset(loaded: Loaded) -> list[tuple[str, str, str]]:
         keys.get(axis, f"adapter.{axis}"): ", ".join(part.name for part in found) or "none"
         for axis, found in method.chosen().items()
     }
+    own = {key: value for key, value, _ in explained(loaded)}
+    whole = explained(replace(loaded, recipe=prepare.resolved(recipe)))
     return [
-        (key, left[key], f"method {method.name}") if value == "null" and key in left else (key, value, origin)
-        for key, value, origin in explained(loaded)
+        (key, left[key], f"method {method.name}")
+        if value == "null" and key in left
+        else (key, value, origin if value == own[key] else f"method {method.name}")
+        for key, value, origin in whole
     ]
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_cli import io_ops
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.recipe.load import Loaded, check_parts
+from lora_cli.recipe.load import Loaded, check_parts, placing
 from lora_cli.run.folder import RunFolder
 from lora_cli.run.stop import Stop
 from lora_cli.screen import Screen, duration
@@ -70,7 +70,7 @@ def _check(loaded: Loaded) -> int:
     from lora_cli.run.check import check
 
     try:
-        with redirect_stderr(StringIO()):
+        with redirect_stderr(StringIO()), placing(loaded):
             return check(loaded, Screen(), 0)["trained_parameters"]
     except UserError as error:
         what = f"variant '{loaded.name}': {error.what}"

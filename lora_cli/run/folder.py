@@ -13,6 +13,8 @@ from typing import Any
 from lora_cli import io_ops
 from lora_cli.errors import ExitCode, UserError
 
+LOCK = ".lock"
+
 
 class RunFolder:
     """Paths and the log of one run."""
@@ -41,7 +43,7 @@ class RunFolder:
         """
         io_ops.refuse_strange(self.root)
         io_ops.make_folder(self.root)
-        with io_ops.held(self.root / ".lock"):
+        with io_ops.held(self.root / LOCK):
             io_ops.check_writable(self.root)
             for folder in (self.root, self.checkpoints, self.cache):
                 io_ops.remove_leftovers(folder)
@@ -56,6 +58,21 @@ class RunFolder:
         if os.path.lexists(self.recipe) or os.path.lexists(self.adapter):
             fix = "--resume goes on with it, --output names another folder"
             raise UserError("holds a run already", where=str(self.root), fix=fix, code=ExitCode.LOCKED)
+
+    @property
+    def holds_steps(self) -> bool:
+        """Whether anything that was learned is here."""
+        return self.adapter.exists() or any(self.checkpoints.glob("step-*"))
+
+    def clear(self) -> None:
+        """Leave nothing of a run that has learned nothing, but rows that are tokenised already."""
+        for path in (self.recipe, self.origin, self.log):
+            if os.path.lexists(path):
+                io_ops.remove(path)
+        io_ops.remove_empty(self.checkpoints, self.cache)
+        if [path.name for path in self.root.iterdir()] == [LOCK]:
+            io_ops.remove(self.root / LOCK)
+            io_ops.remove_empty(self.root)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to the log. A full disk does not stop the run: the line waits, and `flush_log` says so."""
@@ -107,6 +124,9 @@ class Onlooker(RunFolder):
         yield
 
     def check_new(self) -> None:
+        """Done by the process that writes."""
+
+    def clear(self) -> None:
         """Done by the process that writes."""
 
     def append(self, line: dict[str, Any]) -> None:

@@ -43,8 +43,8 @@ def check_method(recipe: Recipe) -> None:
         what, fix = "a folder has no revisions", "leave it out, or name an id on the Hub"
         raise UserError(what, where="model.revision", fix=fix)
     method = presets.resolve(recipe.adapter, recipe.train.optimizer, recipe.model.quantize)
-    adapter = presets.with_defaults(recipe.adapter)
-    rules.check(method, rules.facts_of(method, adapter) | _changed(recipe.train))
+    rank = {"r"} if "r" in recipe.adapter.model_fields_set and recipe.adapter.r is not None else set[str]()
+    rules.check(method, rules.facts_of(method, recipe.adapter) | rank | _changed(recipe.train))
     if method.attention.name != "full" and recipe.model.attention in ("eager", "flash_attention_2"):
         what = (
             f"adapter.attention: {method.attention.name} stands in for sdpa, not for {recipe.model.attention}"
@@ -53,7 +53,7 @@ def check_method(recipe: Recipe) -> None:
     _refuse_plain(recipe)
     if method.base is not None:
         parts.load("base", method.base.name).require()
-        plans.check_in_full(adapter, quantised=True)
+        plans.check_in_full(presets.with_defaults(recipe.adapter), quantised=True)
     if method.base is not None and recipe.model.split_experts:
         what, fix = "experts that are taken apart stay as they are stored", "leave one of the two out"
         raise UserError(f"{what}, and would not be quantised", where="model.split_experts", fix=fix)
@@ -76,6 +76,14 @@ def _refuse_plain(recipe: Recipe) -> None:
     what = f"{recipe.adapter.method} is for a base in few bits; on a plain one it would be {plain}"
     fix = f"leave model.quantize out, or set adapter.method: {plain}"
     raise UserError(what, where="model.quantize: none", fix=fix)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with what its method sets where it does not itself: read again, it asks for the same."""
+    method, adapter = presets.resolve(recipe.adapter), presets.with_defaults(recipe.adapter)
+    if "r" in rules.stated("forbids", "delta", method.delta):
+        adapter = adapter.model_copy(update={"r": None})
+    return recipe.model_copy(update={"adapter": adapter})
 
 
 def model_of(recipe: Recipe) -> ModelRecipe:

@@ -1,7 +1,8 @@
 """`lora train`: fine-tune as the recipe says and save the adapter. Read `train` first; the rest are its details."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from lora_cli.train.gradient import token_budget
 from lora_cli.train.loop import StepReport, Training, train_steps
 from lora_cli.train.processes import Processes, joined
 
+MEASURED_TWICE_AS_FAST = 100_000_000
+"""Parameters, about those of the smallest model that was measured to gain by bfloat16 on a CPU; tiny ones do not."""
+
 
 def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collection[str] = ()) -> Path:
     """Fine-tune as the recipe says; return the folder that holds the adapter.
@@ -43,13 +47,14 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
         UserError: anything the user can mend; whatever was finished before stays on disk.
     """
     prepare.check_method(recipe)
+    recipe = prepare.resolved(recipe)
     with exactly(recipe.train.deterministic), joined() as accelerator:
         processes = Processes(accelerator)
         root = Path(str(recipe.output.dir))
         folder, screen = (RunFolder(root), screen) if processes.leads else (Onlooker(root), Screen.silent())
         if not resume:
             folder.check_new()
-        with folder.held():
+        with folder.held(), _nothing_left_behind(folder):
             if processes.told(folder.writes and _is_finished(folder, recipe, screen, allowed)):
                 return folder.adapter
             held = _begun_with(folder, recipe, allowed) if folder.writes else None
@@ -102,7 +107,9 @@ class Story:
         if path is None and problems:
             what = "no checkpoint is usable"
             raise UserError(what, where=str(self.folder.checkpoints), code=ExitCode.NO_CHECKPOINT)
-        if path is not None:
+        if path is None:
+            self.screen.note("nothing to go on with here: starting at step 1")
+        else:
             self.progress = Progress(**checkpoint.restore(path, self.run))
             self.screen.note(f"going on after step {self.run.step}")
         self.folder.cut_log(self.run.step, self.progress.evaluated)
@@ -133,7 +140,8 @@ class Story:
             self.screen.note(f"the base is shared out: {held}B of {whole}B in each process")
         elif run.train.parallel == "fsdp":
             self.screen.note("one process alone keeps the whole base")
-        if run.precision is torch.float32 and models.multiplies_bfloat16(run.accelerator.device):
+        slow = run.precision is torch.float32 and models.multiplies_bfloat16(run.accelerator.device)
+        if slow and total >= MEASURED_TWICE_AS_FAST:
             self.screen.note("this CPU is about twice as fast with --set model.dtype=bfloat16")
 
     def steps(self) -> None:
@@ -298,6 +306,32 @@ class Story:
         self.screen.note(
             f"trained {self.run.step:,} steps in {duration(seconds)}; adapter in {self.folder.adapter}{share}"
         )
+
+
+@contextmanager
+def _nothing_left_behind(folder: RunFolder) -> Generator[None]:
+    """What ends a run that has not begun leaves nothing of it; a stop outside of the steps says what there is.
+
+    Raises:
+        UserError: somebody has asked to stop, whatever a library made of it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stopped, begun = _is_stop(error), folder.holds_steps
+        if not begun and (stopped or not folder.recipe.exists()):
+            folder.clear()
+        if not stopped:
+            raise
+        what, fix = "stopped before the first step; nothing to resume", "the same command starts anew"
+        if begun:
+            what, fix = "stopped; what was saved is untouched", "the same command with --resume goes on"
+        raise UserError(what, where=str(folder.root), fix=fix, code=ExitCode.INTERRUPTED) from error
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether this is a signal's KeyboardInterrupt, or what was made of one."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_stop(error.__context__))
 
 
 def _begun_with(folder: RunFolder, recipe: Recipe, allowed: Collection[str]) -> origin.Contents:

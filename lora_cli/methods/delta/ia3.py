@@ -13,7 +13,7 @@ from lora_cli.adapter.delta import Delta, Place
 
 needs = {"init.own": "all factors start at one", "trainable.all": "it is one tensor"}
 forbids = {
-    "rank_pattern": "it has no rank",
+    **dict.fromkeys(("r", "rank_pattern"), "it has no rank"),
     "lora_bias": "the bias is scaled with its output",
     "combine.dora": "that gives every row a length, which is what l does",
     "lifecycle.restart": "what it makes of the bias would be lost at every restart",

@@ -17,7 +17,7 @@ needs = {
 forbids = {
     "dropout": "there is no ΔW from whose input something could be dropped",
     "lora_bias": "there is no B: name the biases in adapter.train_also",
-    "rank_pattern": "it has no rank",
+    **dict.fromkeys(("r", "rank_pattern"), "it has no rank"),
     "lifecycle.restart": "there is nothing that could be merged",
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "layers"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import LowRank, Place, Shape
+from lora_cli.adapter.start import uniform
 
 needs = {"init.own": "what A and B start as may be no part of W0: it would be pruned away"}
 forbids = {
@@ -31,7 +32,7 @@ class Pruned(LowRank):
 
     def start(self, generator: torch.Generator) -> None:
         """As in LoRA, with every row there."""
-        nn.init.kaiming_uniform_(self.A, a=5**0.5, generator=generator)
+        uniform(self.A, generator)
         nn.init.zeros_(self.B)
         nn.init.ones_(self.k)
 

@@ -9,7 +9,7 @@ from lora_cli.adapter.spectrum import Spectrum
 
 needs = {"init.own": "it starts at zero", "trainable.all": "it is one tensor"}
 forbids = {
-    "rank_pattern": "it has no rank",
+    **dict.fromkeys(("r", "rank_pattern"), "it has no rank"),
     "train.parallel": "each process would have all singular vectors of W0, twice what it shares out",
     "lora_bias": "there is no B·A to add it to",
     "lifecycle.restart": "its directions are those of W0, and W0 would change under them",

@@ -6,13 +6,11 @@ components there are, it is plain LoRA of these: all count in full.
 
 from lora_cli.adapter.delta import Shape
 from lora_cli.adapter.selected import Selected
-from lora_cli.adapter.start import SHIFTS
 
 FILLED = "it fills A and B, and the model would not start as the base"
 needs = {"rank.autolora": "nothing else decides by the shares; with gates that stay it is `gated`"}
 forbids = {
-    f"init.{name}": "what is taken off W0 would not be what the shares leave of B·A" for name in SHIFTS
-} | {
+    "a start that stands for a part of W0": "what is taken off W0 would not be what the shares leave of B·A",
     "init.closed": FILLED,
     "init.small": FILLED,
     "init.own": "A and B would both be zero, from where no step leads",

@@ -17,7 +17,7 @@ forbids = {
     "base.quantized": "every step would be rounded away; train an adapter on it, as qlora does",
     "dropout": "there is no ΔW from whose input something could be dropped",
     "lora_bias": "there is no B: name the biases in adapter.train_also",
-    "rank_pattern": "it has no rank",
+    **dict.fromkeys(("r", "rank_pattern"), "it has no rank"),
     "train.parallel": "W trains, and only what is frozen is shared out",
 }
 

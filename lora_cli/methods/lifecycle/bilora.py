@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.lifecycle import Lifecycle, Run
 from lora_cli.recipe.schema import Section
 
@@ -63,7 +62,7 @@ class BiLoRA(Lifecycle):
         """γ times the mean over the layers of ‖BᵀB − I‖² + ‖A·Aᵀ − I‖²."""
         if not self.orthogonality:
             return None
-        deltas = [delta for delta in run.adapter.deltas.values() if isinstance(delta, LowRank)]
+        deltas = run.adapter.lowrank.values()
         found = [_apart(delta.B.t() @ delta.B) + _apart(delta.A @ delta.A.t()) for delta in deltas]
         return self.orthogonality * torch.stack(found).mean()
 

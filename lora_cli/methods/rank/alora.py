@@ -20,12 +20,12 @@ from lora_cli.adapter.delta import LowRank
 from lora_cli.adapter.lifecycle import Lifecycle, Run
 from lora_cli.adapter.resize import fresh, put, put_empty
 from lora_cli.adapter.seed import generator_of
-from lora_cli.adapter.start import SHIFTS
 from lora_cli.recipe.schema import Section
 
 FOLLOWS = "it follows the factors that each layer began with"
 needs = {"delta.lowrank": "components are taken out of A and B, and put in"}
-forbids = {f"init.{name}": "the part of W0 that A and B stand for would be pruned" for name in SHIFTS} | {
+forbids = {
+    "a start that stands for a part of W0": "the part of W0 that A and B stand for would be pruned",
     "init.eva": "one of both has to decide over ranks",
     "init.galore": "new components would start along a gradient that nobody has measured",
     "lifecycle.restart": "a rank controller decides over a whole run, not over the piece between two restarts",

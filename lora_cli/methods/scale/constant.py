@@ -10,8 +10,9 @@ from pydantic import Field
 from lora_cli.recipe.schema import Section
 
 forbids = {
-    "alpha": "the method has a scale of its own, on which it would have no effect; leave adapter.alpha out",
-    "alpha_pattern": "the method has a scale of its own; leave adapter.alpha_pattern out",
+    **dict.fromkeys(
+        ("alpha", "alpha_pattern"), "the method has a scale of its own, on which it would have no effect"
+    ),
 }
 
 
