@@ -92,6 +92,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapted ends": ("llama", {"adapter": {"target_modules": ("q_proj", "embed_tokens", "lm_head")}}),
     "dora, transposed": ("gpt2", {"adapter": {"method": "dora", "train_also": ("biases",)}}),
     "logits bent": ("gemma2", {}),
+    "two passes": ("llama", {"adapter": {"lifecycle": "r_drop", "dropout": 0.1}}),
     "measured start": ("llama", {"adapter": {"method": "lora_ga"}}),
     "saved as a product with W0": ("llama", {"adapter": {"method": "hra", "dropout": 0.0, "r": 4}}),
     "bf16": ("bf16", {"adapter": {"train_also": ("norms",)}, "train": {"gradient_checkpointing": True}}),

@@ -262,6 +262,7 @@ def test_a_layer_that_is_not_as_large_as_its_name_says_is_refused():
 
 @pytest.mark.parametrize("kind", ["phi3", "qwen3", "gemma2"])
 def test_models_of_other_forms_are_pruned_too(kind):
+    """Also where q, k and v are one layer, or gate and up: the order of the rows is that of the model."""
     run = training(
         {"method": "loraprune", "lifecycle": {"loraprune": {"every": 1}}},
         {"max_steps": 6},
@@ -269,9 +270,20 @@ def test_models_of_other_forms_are_pruned_too(kind):
         rows=ROWS,
     )
     list(train_steps(run))
+    run.model.eval()
+    x = ids()
+    live = run.model(x).logits
     for name, unit in run.lifecycles[1].units.items():
         for layer, number in unit.rows.items():
-            k = run.adapter.deltas[layer].get_parameter("k")
+            k = run.adapter.deltas[layer].get_parameter("k").detach()
             left = torch.zeros(unit.count).index_copy_(0, number, k)
             assert int(left.sum()) == unit.count - unit.count // 2, name
             assert torch.equal(left[number], k)
+        assert unit.columns
+        for layer, number in unit.columns.items():
+            with torch.no_grad():
+                run.model.get_submodule(layer).base_layer.weight[:, left[number] == 0] = 100.0
+    for name, delta in run.adapter.deltas.items():
+        if name.endswith("qkv_proj"):  # queries and keys of what has no values
+            delta.get_parameter("k")[: -2 * WIDTH].fill_(1)
+    torch.testing.assert_close(run.model(x).logits, live, rtol=1e-4, atol=1e-4)

@@ -82,6 +82,9 @@ DECIDES: dict[str, dict[str, Any]] = {
     "aflora": {"lifecycle": {"aflora": {"every": 1, "begin": 0.0, "end": 0.9}}},
     "dora_dynamic": {"rank": {"dora_dynamic": {"every": 1, "end": 0.9}}},
     "lora_drop": {"lifecycle": {"lora_drop": {"after": 0.5, "threshold": 0.3}}},
+    "bilora": {"dropout": 0.2},
+    "hiddenkey": {"dropout": 0.2},
+    "loraprune": {"lifecycle": {"loraprune": {"every": 1, "begin": 0.0}}, "dropout": 0.2},
     "prilora": {"rank": {"prilora": {"every": 2}}, "dropout": 0.2},
     "sparse_adapter": {"lifecycle": [{"sparse_adapter": {"after": 1}}]},
 }

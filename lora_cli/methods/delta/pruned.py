@@ -46,11 +46,12 @@ class Pruned(LowRank):
         return self.add_dropped(y, self.dropped(x))
 
     def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y + k ⊙ (W0·x + b0 + s·B·A·x) − (W0·x + b0)."""
+        """Return y + k ⊙ s·B·A·x + (k − 1) ⊙ (W0·x + b0)."""
         own, bias = self.base.times(x), self.base.bias
         if bias is not None:
             own = own + bias
-        return y + (super().add_dropped(own, x) * self.k.to(own.dtype) - own).to(y.dtype)
+        learned = super().add_dropped(torch.zeros_like(own), x)
+        return (y + self.k * learned + (self.k - 1) * own).to(y.dtype)
 
     def weight(self) -> Tensor:
         """diag(k)·(W0 + s·B·A) − W0."""
@@ -58,7 +59,7 @@ class Pruned(LowRank):
         B, A = super().factors()
         return self.k.detach()[:, None] * (W0 + B @ A) - W0
 
-    def factors(self) -> None:
+    def factors(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Rows of W0 are no thin product."""
 
     def shift(self) -> Tensor | None:
