@@ -22,7 +22,6 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import prepare
 from lora_cli.run.advice import DEVICES, kept_in, way
 from lora_cli.run.estimate import pace
-from lora_cli.screen import size
 
 LENGTH, BUDGET, BATCHES = 2048, 8192, 4
 """Tokens of a document, every one learned; tokens at once; and how often that in a step of one GPU."""
@@ -103,7 +102,7 @@ def _cell(found: Rehearsal, device: Device, share: bool) -> str:
         assert speed is not None, "all of the table are known"
         again = f" ↻{case.recomputed}" if case.recomputed else ""
         fewer = f" ½{case.rows.cells:,}" if case.rows != packed else ""
-        return f"{count}: {size(speed.tokens_per_second)}{again}{fewer}"
+        return f"{count}: {float(f'{speed.tokens_per_second:.3g}'):,.0f}{again}{fewer}"
     return "–"
 
 

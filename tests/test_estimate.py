@@ -213,10 +213,9 @@ ALIKE = [
     ("llama", {"r": 4}),
     ("gpt2", {"r": 4, "dropout": 0.1}),
     ("gemma3_text", {"r": 4}),
-    ("llama", {"r": 4, "layers": (4, 5, 6, 7, 8), "rank_pattern": {r".*\.8\..*q_proj": 7}}),
+    ("llama", {"r": 4, "layers": (4, 5, 6), "rank_pattern": {r".*\.6\..*q_proj": 7}}),
     ("llama", {"r": 4, "train_also": ("norms", "head")}),
     ("qwen2", {"method": "full"}),
-    ("llama", {"method": "vera", "r": 8}),
     ("llama", {"method": "qdora", "r": 4}),
     ("llama", {"method": "mixlora"}),
 ]
@@ -226,14 +225,13 @@ ALIKE = [
 def test_a_few_blocks_and_documents_cost_what_all_of_them_cost(kind, adapter, tmp_path, monkeypatch):
     """Not about as much: equal, to the byte and to the operation."""
     monkeypatch.setitem(head.LOGITS_BYTES, "cpu", 4 * tiny.VOCABULARY * 7)  # the head has several lots, too
-    count = 25 if kind == "gemma3_text" else 9
+    count = 24 if kind == "gemma3_text" else 8
     recipe = recipe_of(
         config_only(kind, tmp_path, **{"n_layer" if kind == "gpt2" else "num_hidden_layers": count}), adapter
     )
     cases = [
-        (Rows((40, 30, 30, 20, 8), 30, True), random.randrange(1, count)),
-        (Rows((40, 40, 13), 30, False), count - 1),
-        (Rows((random.randrange(20, 60),), 10, True), random.choice((0, count))),
+        (Rows((40, 30, 30, 20, 8), 30, True), random.choice((0, random.randrange(1, count), count))),
+        random.choice([(Rows((40, 40, 13), 30, False), 0), (Rows((50,), 10, True), count - 1)]),
     ]
     dtype = torch.bfloat16 if adapter.get("method") == "qdora" else torch.float32
     with rehearsed(recipe, dtype) as found:

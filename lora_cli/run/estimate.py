@@ -266,9 +266,11 @@ def _peaks(recipe: Recipe, rehearsed: Rehearsal, case: Case, device: Device) -> 
         other = advice.kept_in(rehearsed, kind)
         found[f"model.quantize: {kind}"] = memory(other, case, device).peak
         found[f"model.quantize: {kind}, recompute all blocks"] = memory(other, everything, device).peak
+    now = memory(rehearsed, case, device)
     for count in () if rehearsed.base else (2, 4, 8):
-        now = memory(rehearsed, case, device)
-        found[f"train.parallel: fsdp, {count} devices"] = sharded(now, rehearsed, count).peak
+        shared = sharded(now, rehearsed, count)
+        if shared.weights < now.weights:  # else all of it trains
+            found[f"train.parallel: fsdp, {count} devices"] = shared.peak
     return found
 
 
