@@ -25,6 +25,9 @@ NAME = "lora_varlen"
 Kernel = Callable[..., Any]
 """With the arguments of `varlen_attn`: query, key, value [tokens, heads, width] -> [tokens, heads, width]."""
 HALF = (torch.bfloat16, torch.float16)
+WINDOWED = ("mistral", "ministral", "mixtral", "phi3", "starcoder2")
+"""Models without `layer_types` whose layers say the window that their masks have, by test: those of phimoe say none,
+and those of olmoe say one that its masks have not."""
 IMAGINED = (8, 9)
 """Capability of a GPU that is not there, when fake tensors are on it: of those of today, the one that can do least."""
 
@@ -53,12 +56,15 @@ def serves(model: PreTrainedModel, device: torch.device) -> bool:
     Where transformers gives a model to flash attention, its layers say all that they ask for without a mask, but for
     windows that are no plain sliding ones.
     """
-    kinds = {*(getattr(model.config, "layer_types", None) or ())}
+    config = model.config
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    unsaid = not kinds and getattr(config, "sliding_window", None) and config.model_type not in WINDOWED
     return (
         device.type == "cuda"
-        and model.config._attn_implementation in ("sdpa", NAME)
+        and config._attn_implementation in ("sdpa", NAME)
         and model._supports_flash_attn
         and kinds <= {"full_attention", "sliding_attention"}
+        and not unsaid
         and all(getattr(module, "is_causal", True) for module in model.modules())
     )
 

@@ -11,20 +11,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora_cli import attention, varlen
 from lora_cli.adapter.reading import reading
 from lora_cli.data.example import Example
 from lora_cli.data.pack import check_isolation, inputs, micro_batches
 from lora_cli.errors import UserError
+from lora_cli.recipe.schema import Recipe
+from lora_cli.run import prepare
 from lora_cli.train.loss import loss_sum
 from lora_cli.train.recompute import recompute
 from lora_cli.varlen import Asked, Documents
 from tests import tiny
 from tests.training import NO_DROPOUT, fresh
 
-KINDS = ("llama", "qwen3", "gemma3_text", "gpt2", "phi3", "granite", "cohere", "mixtral")
-SLIDING = ("gemma3_text", "mixtral", "phi3")
+KINDS = ("llama", "qwen3", "gemma3_text", "gpt2", "granite", "cohere", *varlen.WINDOWED)
+SLIDING = ("gemma3_text", *varlen.WINDOWED)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SERVED = Asked("cuda", (9, 0), torch.bfloat16, 128, 128, reach=2**20)
 
@@ -175,7 +178,8 @@ def test_documents_are_told_apart_without_a_mask_where_layers_say_all_they_ask_f
     never._supports_flash_attn = False
     eager = tiny.model()
     eager.set_attn_implementation("eager")
-    for model in (chunked, both_ways, never, eager, tiny.model("gpt_oss")):
+    silent = tiny.model("phimoe", sliding_window=6)
+    for model in (chunked, both_ways, never, eager, silent, tiny.model("gpt_oss")):
         assert not attention.skips(model, CUDA)
 
 
@@ -273,6 +277,18 @@ def test_isolation_is_tried_out_and_a_model_that_drops_what_it_is_told_is_refuse
     )
     with pytest.raises(UserError, match="see each other"):
         check_isolation(model)
+
+
+@pytest.mark.parametrize("wanted", [True, "auto"])
+def test_a_model_that_drops_what_it_is_told_packs_by_masks_where_packing_is_asked_for(monkeypatch, wanted):
+    model = tiny.model()
+    recipe = Recipe.model_validate({"model": {"name": "m"}, "data": {"train": "x", "packing": wanted}})
+    monkeypatch.setattr(attention, "skips", lambda model: True)
+    monkeypatch.setattr(attention, "use", varlen.use)
+    monkeypatch.setattr(varlen, "attend", lambda *given, documents=None, **how: attend(*given, **how))
+    attend = sdpa_attention_forward
+    assert prepare._packs(recipe, model) is (wanted is True)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("sliding", [None, 4])

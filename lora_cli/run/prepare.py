@@ -209,13 +209,15 @@ def _packs(recipe: Recipe, model: PreTrainedModel) -> bool:
     wanted = recipe.data.packing
     if not wanted or (wanted == "auto" and not attention.skips(model)):
         return False
+    before = str(model.config._attn_implementation)
+    attention.use(model)
     try:
-        attention.use(model)
         check_isolation(model)
     except UserError:
+        model.set_attn_implementation(before)
         if wanted == "auto":
             return False
-        raise
+        check_isolation(model)  # some models tell documents apart by masks only, which cost more
     return True
 
 
