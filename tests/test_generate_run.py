@@ -240,6 +240,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_is_there(talkers, monkeypatch, c
     assert "".join(answers) == one_line(start + fresh_answer(talkers[0], "ann", "hi", start, "go on"))
 
 
+@pytest.mark.usefixtures("talkers")
+def test_an_adapter_of_rows_with_columns_of_their_own_talks_in_its_chat_template(
+    base, tmp_path, monkeypatch, capsys
+):
+    data = {**CHAT, "format": {"prompt": "{question}", "completion": "{answer}"}}
+    path = on_disk.adapter(tmp_path / "asked", base, 3, data)
+    answers, notes = said(monkeypatch, capsys, [path], "hi", "again")
+    first = fresh_answer(path, "asked", "hi")
+    assert "".join(answers) == one_line(first + fresh_answer(path, "asked", "hi", first, "again"))
+    assert "error" not in notes
+
+
 def test_without_a_chat_template_each_line_is_continued(run, monkeypatch, capsys):
     answers, notes = said(monkeypatch, capsys, [run], "once", "upon")
     assert "without a chat template" in notes

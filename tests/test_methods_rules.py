@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "two passes that cannot differ, rates of zero": (
         {"method": "hiddenkey", "attention": {"key_drop": {"key": 0.0, "hidden": 0.0}}},
         {},
-        "r_drop: needs something that drops.*two passes predict the same",
+        r"\(lifecycle: r_drop\): needs something that drops.*two passes predict the same",
     ),
     "a second pass over a ledger": (
         {"method": "malora", "dropout": 0.1, "lifecycle": ["load_balance", "r_drop"]},

@@ -16,7 +16,7 @@ DROPS = "something that drops"
 ABOUT = {MERGEABLE: "delta", SHIFTED: "init"}
 """Facts that a part's file tells -> the axis of the part."""
 KEYS = {
-    DROPS: ("adapter.dropout", "set adapter.dropout: 0.1"),
+    DROPS: ("adapter.dropout", "set adapter.dropout, or adapter.attention: key_drop"),
     "base.quantized": ("model.quantize", "set model.quantize: nf4"),
     "base.packed": ("model.name", "name a model whose files hold weights, not codes"),
 }

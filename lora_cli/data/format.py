@@ -4,14 +4,14 @@ Everything holds one law: the ids in front of a learned stretch are the ids that
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data import columns, template
-from lora_cli.data.columns import Conversation, Document, Pair, Reader, Said
+from lora_cli.data.columns import Conversation, Document, Message, Pair, Reader, Said
 from lora_cli.data.example import Example
 from lora_cli.data.row import Row, wrong
 from lora_cli.data.template import Turn
@@ -107,7 +107,11 @@ class Format:
         """Ids of a bare question: a user's message in a chat, else plain text."""
         if not self.chat or self.documents:
             return self._behind_leading(encode(self.tokenizer, text)[0])
-        asked = template.with_system(columns.conversation({"role": "user", "content": text}), self.system)
+        return self.conversation_ids([{"role": "user", "content": text}])
+
+    def conversation_ids(self, messages: Sequence[Message]) -> Ids:
+        """Ids of a conversation up to the next answer, in the chat template, however rows are read."""
+        asked = template.with_system(columns.conversation(*messages), self.system)
         return encode(self.tokenizer, self._render(asked, "the prompt", generate=True))[0]
 
     def _as_chat(self, said: Said, where: str) -> Said:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lora_cli import parts
 from lora_cli.data.format import Format
-from lora_cli.data.source import Row
 from lora_cli.data.tokens import Ids
 from lora_cli.errors import UserError
 from lora_cli.evaluate import generation
@@ -128,7 +127,7 @@ class Talk:
     def _prompt(self, text: str) -> Ids:
         if not self.format.chat:
             return self.format.prompt_ids(text)
-        return self.format.question(Row({"messages": self.messages}, "this conversation")).prompt_ids
+        return self.format.conversation_ids(self.messages)
 
     def _pieces(self, prompt: Ids) -> Iterator[str]:
         return generation.stream(

@@ -18,9 +18,7 @@ from lora_cli.recipe.schema import Section
 if TYPE_CHECKING:
     from lora_cli.data.example import Batch
 
-needs = {
-    "something that drops": "else two passes predict the same; set adapter.dropout, or attention: key_drop"
-}
+needs = {"something that drops": "else two passes predict the same"}
 forbids = {
     "lifecycle.load_balance": "it counts what a router decides in one pass, and would be shown the second",
 }
