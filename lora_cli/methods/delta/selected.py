@@ -16,7 +16,6 @@ forbids = {
     "init.own": "A and B would both be zero, from where no step leads",
 }
 
-
 make = Selected
 
 
