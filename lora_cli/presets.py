@@ -111,8 +111,8 @@ PRESETS: dict[str, Preset] = {
         title="QA-LoRA: LoRA on sums of 32 inputs each, so that it merges into the zero points of a 4-bit base",
         paper="arXiv:2309.14717",
         when="When the merged model is to stay in 4 bits: `lora merge` writes plain weights, and "
-        "`model.quantize: int4` makes the trained codes and scales of them again. A has a 32nd of LoRA's numbers, so "
-        "more r is affordable.",
+        "`model.quantize: int4` makes the trained codes and scales of them again; llama.cpp's Q4_1 finds these codes, "
+        "too. A has a 32nd of LoRA's numbers, so more r is affordable.",
         parts={"base": Part(name="int4"), "delta": Part(name="pooled"), "init": Part(name="own")},
     ),
     "lqer": Preset(
