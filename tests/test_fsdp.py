@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from lora_cli.analyze import devices
+from lora_cli.analyze.memory import Case, memory, sharded
+from lora_cli.analyze.rehearse import Rows, rehearsal
 from lora_cli.blocks import blocks
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import Recipe
@@ -219,7 +222,7 @@ def test_each_process_keeps_its_share_and_no_more_than_a_few_blocks_are_gathered
     bench, processes, base, tmp_path
 ):
     count = 9
-    model = tiny.model("llama", num_hidden_layers=count)
+    model = tiny.model("llama", num_hidden_layers=count, hidden_size=256, intermediate_size=320)
     model.save_pretrained(bench.folder / "deep")
     tiny.tokenizer().save_pretrained(bench.folder / "deep")
     train = {**SHARED, "gradient_checkpointing": random.choice([True, False])}
@@ -244,6 +247,22 @@ def test_each_process_keeps_its_share_and_no_more_than_a_few_blocks_are_gathered
         # The ends, the block that computes, and the one that is gathered ahead of its turn.
         assert of_model - of_blocks < each["gathered"] <= of_model - of_blocks + 3 * of_blocks / count
     assert sum(each["held"] for each in found) >= of_model
+    weights, whole = foretold(recipe)
+    for each in found:
+        assert each["held"] == pytest.approx(weights, rel=0.1)
+        # A block comes together behind the one at hand, before it is a parameter, where the watch does not see it.
+        assert 0.9 * (whole - of_blocks / count) <= each["gathered"] <= 1.1 * whole
+
+
+def foretold(recipe: Recipe) -> tuple[float, float]:
+    """Bytes of the base that each of two processes is said to keep, and to have whole while a step computes."""
+    rows = Case(Rows((16,), 8, True), several=False, recomputed=0)
+    with rehearsal(
+        recipe, lambda made: prepare.plan_for(recipe, made), stored=torch.float32, precision=torch.float32
+    ) as found:
+        alone = memory(found, rows, devices.this_cpu())
+        shared = sharded(alone, found, 2)
+    return shared.weights, shared.passing - alone.passing
 
 
 def test_only_the_gradient_of_the_adapter_is_added_up_and_the_base_is_gathered_twice_a_pass(bench, processes):
