@@ -219,7 +219,8 @@ def size_of(model: nn.Module) -> int:
 
 def bytes_of(model: nn.Module) -> int:
     """What parameters and buffers of the model itself take, without those of adapters."""
-    tensors = [*_plain(model), *model.buffers()]
+    codes = (t for layer in model.modules() if isinstance(layer, Quantised) for t in layer.kept().values())
+    tensors = [*_plain(model), *model.buffers(), *codes]
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
@@ -239,7 +240,8 @@ def _plain(module: nn.Module) -> Iterator[nn.Parameter]:
     if isinstance(module, Adapted):
         yield from _plain(module.base_layer)
         return
-    yield from (p for p in module.parameters(recurse=False))
+    codes = module.kept() if isinstance(module, Quantised) else {}
+    yield from (p for name, p in module.named_parameters(recurse=False) if name not in codes)
     for child in module.children():
         yield from _plain(child)
 

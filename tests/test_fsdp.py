@@ -3,31 +3,36 @@
 import json
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lora_cli import presets
-from lora_cli.adapter.inject import inject
-from lora_cli.adapter.plan import Plan
+from lora_cli.analyze import devices
+from lora_cli.analyze.memory import Case, memory, sharded
+from lora_cli.analyze.rehearse import Rows, rehearsal
 from lora_cli.blocks import blocks
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.recipe.schema import AdapterRecipe, Recipe
+from lora_cli.recipe.schema import Recipe
 from lora_cli.run import fit, prepare
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
-from lora_cli.train.sharding import share_out
 from tests import tiny
 from tests.bench import Bench, result, root_of
 from tests.forking import Forker, forker
+from tests.test_methods_quantised import packed
 from tests.test_processes import adapter_of, log_of, together
 
 EXACT = {"deterministic": True}
 SHARED = {"parallel": "fsdp"}
 BLOCKS = 3
+BYTES: dict[str, Callable[[int, int], int]] = {
+    "nf4": lambda out, inputs: 33 * -(-out * inputs // 64) + 4 * -(-out * inputs // (64 * 256)) + 4 * 256,
+    "int8": lambda out, inputs: out * inputs + 4 * out,
+}
+"""Of a quantised matrix: codes, largest values, their largest values, and a table."""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         model = model.bfloat16() if name == "bf16" else model
         model.save_pretrained(bench.folder / name)
         tiny.tokenizer().save_pretrained(bench.folder / name)
+    for form in BYTES:
+        packed(bench.folder / "llama", bench.folder / f"packed {form}", form)
     return bench
 
 
@@ -96,6 +103,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "measured start": ("llama", {"adapter": {"method": "lora_ga"}}),
     "saved as a product with W0": ("llama", {"adapter": {"method": "hra", "dropout": 0.0, "r": 4}}),
     "bf16": ("bf16", {"adapter": {"train_also": ("norms",)}, "train": {"gradient_checkpointing": True}}),
+    "nf4": ("llama", {"adapter": {"method": "qdora"}, "train": {"gradient_checkpointing": True}}),
+    "nf4, bf16, measured start": ("bf16", {"adapter": {"method": "lqer", "train_also": ("norms",)}}),
+    "nf4, part of W0 taken off": ("llama", {"adapter": {"method": "qlora", "init": "pissa"}}),
+    "int4": ("bf16", {"model": {"quantize": "int4"}}),
+    "int8, transposed": ("gpt2", {"model": {"quantize": "int8"}}),
+    "int8, bf16": ("bf16", {"model": {"quantize": "int8"}, "train": {"gradient_checkpointing": True}}),
+    "int8, saved as a product with W0": (
+        "llama",
+        {"model": {"quantize": "int8"}, "adapter": {"method": "hra", "dropout": 0.0, "r": 4}},
+    ),
+    "stored in nf4": ("packed nf4", {}),
+    "stored in int8": ("packed int8", {}),
 }
 
 
@@ -143,9 +162,11 @@ def test_samples_are_written_by_all_processes_together(bench, processes):
 # ---- stopping and going on -----------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_with_its_base_shared_out_or_not_in_any_number_of_processes(bench, processes):
+@pytest.mark.parametrize("base", ["none", "nf4", "int8"])
+def test_a_run_goes_on_with_its_base_shared_out_or_not_in_any_number_of_processes(bench, processes, base):
     """One process, then two that share the base out, then two that do not, then one."""
-    recipe = of(bench, "llama", train={**EXACT, "epochs": 2, "save_steps": 1})
+    model, name = {"quantize": base}, random.choice(["llama", "bf16"])
+    recipe = of(bench, name, model=model, train={**EXACT, "epochs": 2, "save_steps": 1})
     alone = like(bench, recipe)
     train(alone, Screen.silent())
     stages = ((1, "fsdp", 2), (2, "fsdp", 3), (2, "ddp", 5), (1, "ddp", None))
@@ -158,9 +179,9 @@ def test_a_run_goes_on_with_its_base_shared_out_or_not_in_any_number_of_processe
     assert result(recipe) == result(alone)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_killed_process_ends_the_others_with_one_message_and_the_run_goes_on(bench, processes, which):
-    recipe = of(bench, "llama", train={**EXACT, **SHARED, "save_steps": 1})
+@pytest.mark.parametrize(("which", "base"), [(0, "none"), (1, "none"), (1, "nf4")])
+def test_a_killed_process_ends_the_others_with_one_message_and_the_run_goes_on(bench, processes, which, base):
+    recipe = of(bench, "llama", model={"quantize": base}, train={**EXACT, **SHARED, "save_steps": 1})
     within = ["killed_in_a_block", str(which), str(random.randrange(25, 60))]
     ended = together(processes, bench, recipe, 2, within=within)
     assert ended["codes"][which] == -signal.SIGKILL, ended["said"]
@@ -196,27 +217,52 @@ def test_memory_that_is_short_ends_the_run_and_says_what_to_set(bench, processes
 # ---- what is kept, and what travels --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("base", ["none", "nf4", "int8"])
 def test_each_process_keeps_its_share_and_no_more_than_a_few_blocks_are_gathered_at_once(
-    bench, processes, tmp_path
+    bench, processes, base, tmp_path
 ):
     count = 9
-    model = tiny.model("llama", num_hidden_layers=count)
+    model = tiny.model("llama", num_hidden_layers=count, hidden_size=256, intermediate_size=320)
     model.save_pretrained(bench.folder / "deep")
     tiny.tokenizer().save_pretrained(bench.folder / "deep")
-    recipe = of(bench, "deep", train={**SHARED, "gradient_checkpointing": random.choice([True, False])})
+    train = {**SHARED, "gradient_checkpointing": random.choice([True, False])}
+    recipe = of(bench, "deep", model={"quantize": base}, train=train)
     ended = together(processes, bench, recipe, 2, within=["watched", str(tmp_path)])
     assert ended["codes"] == [0, 0], ended["said"]
-    of_model = sum(p.nbytes for p in model.parameters())
-    of_blocks = sum(p.nbytes for block in blocks(model) for p in block.parameters())
+    of_blocks = sum(stored(p, base) for block in blocks(model) for p in block.parameters())
+    of_ends = sum(p.nbytes for p in model.parameters()) - sum(
+        p.nbytes for b in blocks(model) for p in b.parameters()
+    )
+    of_model = of_ends + of_blocks
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for each in found:
         assert each["whole"] == of_model
         assert each["plain"] == 0, "every parameter of the base is shared out"
+        assert each["left"] <= 4 * 7 * count, "the mean of the largest values, which is one number a matrix"
+        assert each["codes"] == each["made"], (
+            "what is gathered is what was shared out, bytes that are no numbers too"
+        )
         # 32 and 48 rows are divided evenly; of 261 rows of embeddings and head one process has one more.
         assert each["held"] == pytest.approx(of_model / 2, rel=1e-2)
         # The ends, the block that computes, and the one that is gathered ahead of its turn.
         assert of_model - of_blocks < each["gathered"] <= of_model - of_blocks + 3 * of_blocks / count
     assert sum(each["held"] for each in found) >= of_model
+    weights, whole = foretold(recipe)
+    for each in found:
+        assert each["held"] == pytest.approx(weights, rel=0.1)
+        # A block comes together behind the one at hand, before it is a parameter, where the watch does not see it.
+        assert 0.9 * (whole - of_blocks / count) <= each["gathered"] <= 1.1 * whole
+
+
+def foretold(recipe: Recipe) -> tuple[float, float]:
+    """Bytes of the base that each of two processes is said to keep, and to have whole while a step computes."""
+    rows = Case(Rows((16,), 8, True), several=False, recomputed=0)
+    with rehearsal(
+        recipe, lambda made: prepare.plan_for(recipe, made), stored=torch.float32, precision=torch.float32
+    ) as found:
+        alone = memory(found, rows, devices.this_cpu())
+        shared = sharded(alone, found, 2)
+    return shared.weights, shared.passing - alone.passing
 
 
 def test_only_the_gradient_of_the_adapter_is_added_up_and_the_base_is_gathered_twice_a_pass(bench, processes):
@@ -236,6 +282,11 @@ def test_only_the_gradient_of_the_adapter_is_added_up_and_the_base_is_gathered_t
         of_blocks / 2 / 6
     )  # before six steps logits are tried out; the ends stay together until the first has ended
     assert number(received.removesuffix("B")) == pytest.approx(a_pass + extra, rel=0.02)
+
+
+def stored(parameter: torch.Tensor, base: str) -> int:
+    """Bytes of it in the base."""
+    return BYTES[base](*parameter.shape) if base in BYTES and parameter.ndim == 2 else parameter.nbytes
 
 
 def number(shown: str) -> float:
@@ -279,15 +330,6 @@ def test_a_base_whose_casts_would_be_kept_whole_is_refused(bench):
         prepare.load_model(recipe, Two())
     alone = of(bench, "llama", train={"precision": "bfloat16"})
     assert prepare.load_model(alone, Two()).model.dtype is torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-def test_a_base_in_few_bits_is_refused(dtype):
-    """Its codes would be whole in each process, and nobody would be told."""
-    model = tiny.model("llama")
-    model.model.layers[1].mlp.up_proj.register_buffer("codes", torch.zeros(4, dtype=dtype))
-    with pytest.raises(UserError, match=r"up_proj\.codes is quantised"):
-        share_out(model, inject(model, Plan(presets.resolve(AdapterRecipe()), ())), Two())
 
 
 @pytest.mark.parametrize("name", ["llama", "bf16"])

@@ -551,7 +551,7 @@ def check_laws(combination: Combination, folder: Path, goes_on: bool = True) -> 
         kept = now.keys() == original.keys() and all(torch.equal(now[key], original[key]) for key in original)
         held.hold("frozen", not changed & frozen(combination, adapter), same, kept)
         (folder / "adapter").mkdir(parents=True)
-        files.write(folder / "adapter", form, run.model, "the/base", None, ())
+        files.write(folder / "adapter", form, run.model, "the/base", None, (), run.adapter.codes)
 
     saved = files.read(folder / "adapter")
     loaded = inject.inject(base, files.plan_of(saved, base, ENDS), taken=files.taken_of(saved, base))

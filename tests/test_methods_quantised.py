@@ -245,6 +245,39 @@ def test_what_is_quantised_is_every_linear_layer_but_the_head_and_what_trains_in
     assert isinstance(model.get_submodule("model.layers.1.mlp.up_proj"), Quantised)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_that_are_parameters_compute_the_same_and_are_of_types_that_can_be_shared_out(format, dtype):
+    """To the bit, and whoever asks what the model is hears the same."""
+    model = tiny.model("gpt2").to(dtype).eval()
+    recipe = AdapterRecipe(r=4)
+    inject.inject(model, plans.make(recipe, model, models.ends_of(model), quantize=format)).deactivate()
+
+    def known() -> tuple[Any, ...]:
+        with torch.no_grad():
+            logits = model(torch.arange(5, 60)[None]).logits.view(torch.uint8)
+        return (
+            digest(model),
+            models.bytes_of(model),
+            models.size_of(model),
+            models.stored_as(model),
+            logits.tolist(),
+        )
+
+    before = known()
+    layers = [module for module in model.modules() if isinstance(module, Quantised)]
+    for layer in layers:
+        layer.codes_as_parameters()
+        assert sum(b.numel() for b in layer.kept().values() if not isinstance(b, nn.Parameter)) <= 1
+        for p in layer.parameters():
+            assert p.is_floating_point()
+            assert p.is_contiguous()
+            assert not p.requires_grad
+        assert View(layer).device == torch.device("cpu")
+    assert layers
+    assert known() == before
+
+
 def test_a_model_without_quantised_layers_never_imports_bitsandbytes():
     code = (
         "import sys, lora_cli.run.train, lora_cli.run.merge; from tests.adapters import adapted; adapted('llama');"

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from lora_cli.adapter import quantised
+from lora_cli.adapter.inject import without_adapters
 from lora_cli.evaluate import loss
 from lora_cli.run import prepare
 from lora_cli.run import train as run
@@ -97,7 +99,8 @@ def asked_while_evaluating(rank: int, which: str) -> None:
 
 def watched(rank: int, folder: str) -> None:
     """Write down what of the base is in the memory of each process, whenever an adapted layer has computed."""
-    real, seen, found = prepare.share_out, dict[int, torch.Tensor](), {"gathered": 0}
+    real, seen = prepare.share_out, dict[int, torch.Tensor]()
+    found: dict[str, Any] = {"gathered": 0}
 
     def look(model: Any, own: set[int]) -> None:
         """What is gathered has storage; what was gathered and let go has none."""
@@ -116,6 +119,11 @@ def watched(rank: int, folder: str) -> None:
         found["plain"] = sum(
             p.nbytes for p in model.parameters() if not isinstance(p, DTensor) and id(p) not in own
         )
+        layers = [layer for layer in model.modules() if isinstance(layer, quantised.Quantised)]
+        buffers = [b for layer in layers for b in layer.kept().values() if not isinstance(b, DTensor)]
+        found["left"] = sum(b.nbytes for b in buffers)
+        with without_adapters(adapter):
+            found["codes"], found["made"] = quantised.digest(model), adapter.codes
         for layer in adapter.layers.values():
             layer.register_forward_hook(lambda *_: look(model, own))
             for tensor in layer.own_tensors().values():

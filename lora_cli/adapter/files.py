@@ -24,7 +24,6 @@ from lora_cli.adapter.inject import Adapter, without_adapters
 from lora_cli.adapter.peft_format import PREFIX, ROWS, rows_name
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan, to_quantise
 from lora_cli.adapter.portable import FILLED, LOWRANK, Portable, saved_form
-from lora_cli.adapter.quantised import digest
 from lora_cli.adapter.saved import CONFIG, OURS, WEIGHTS, Ours, Saved, read
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.presets import Method
@@ -66,13 +65,19 @@ def save(
     """
     form = form or saved_form(adapter)
     with without_adapters(adapter):
-        write(folder, form, adapter.model, base, revision, tokens)
+        write(folder, form, adapter.model, base, revision, tokens, adapter.codes)
 
 
 def write(
-    folder: Path, form: Portable, model: nn.Module, base: str, revision: str | None, tokens: tuple[str, ...]
+    folder: Path,
+    form: Portable,
+    model: nn.Module,
+    base: str,
+    revision: str | None,
+    tokens: tuple[str, ...],
+    codes: str | None,
 ) -> None:
-    """The same for an adapter in the form in which it is to be saved; the model is plain."""
+    """The same for an adapter in the form in which it is to be saved; the model is plain, and has these codes."""
     plan = form.plan
     tensors = peft_format.as_peft_has_it(plan, model, form.tensors)
     io_ops.write_bytes(folder / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
@@ -85,7 +90,7 @@ def write(
         base_fingerprint=fingerprint(model, plan),
         split_experts=bool(expert_format.adapted(plan)),
         layers=() if peft_format.is_peft(plan, model) else tuple(spec.name for spec in plan.layers),
-        codes=digest(model),
+        codes=codes,
     )
     io_ops.write_json(folder / OURS, ours.model_dump(mode="json"))
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lora_cli.adapter.base import SIGNS, Base, signs
@@ -20,6 +21,9 @@ from lora_cli.errors import ExitCode, UserError
 
 GROUP = 32
 """Inputs that share a scale and a zero point, in formats that have such."""
+BYTE = torch.float8_e4m3fn
+"""What integers are viewed as where they are shared out: `fully_shard` takes floats only (PyTorch before 2.13). Bytes
+of this type are moved, never computed with."""
 
 
 class Quantised(nn.Module, ABC):
@@ -38,6 +42,29 @@ class Quantised(nn.Module, ABC):
         self.plain = _emptied(plain)
         self.taken: tuple[Tensor, Tensor] | None = None
         self.error = 0.0
+        self.integers: dict[str, torch.dtype] = {}
+
+    def codes_as_parameters(self) -> None:
+        """Let all that has rows to share out be frozen parameters, byte for byte."""
+        for name, buffer in [*self.named_buffers()]:
+            if name == SIGNS or not buffer.ndim:
+                continue
+            delattr(self, name)
+            if not buffer.is_floating_point():
+                self.integers[name], buffer = buffer.dtype, buffer.view(BYTE)
+            self.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+    def kept(self) -> dict[str, Tensor]:
+        """The codes and all that belongs to them."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        return {name: tensor for name, tensor in tensors if name not in ("bias", SIGNS)}
+
+    def read(self, name: str) -> Tensor:
+        """Something of it, as it was kept; where it is shared out, all processes have to ask for it together."""
+        kept: Tensor = getattr(self, name)
+        if name in self.integers:
+            kept = kept.view(self.integers[name])
+        return kept.full_tensor() if isinstance(kept, DTensor) else kept
 
     @abstractmethod
     def dequantised(self, dtype: torch.dtype) -> Tensor:
@@ -107,7 +134,7 @@ class View(Base):
     @property
     def device(self) -> torch.device:
         """Where its codes are."""
-        return next(self.module.buffers()).device
+        return next(iter(self.module.kept().values())).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,8 +194,8 @@ def digest(model: nn.Module) -> str | None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Quantised)}
     found = hashlib.sha256()
     for name, layer in sorted(layers.items()):
-        kept = {key: codes for key, codes in layer.named_buffers() if key != SIGNS}
-        for key, codes in kept.items():
+        for key in layer.kept():
+            codes = layer.read(key)
             found.update(f"{name}.{key}:{tuple(codes.shape)}".encode())
             found.update(codes.cpu().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:32] if layers else None

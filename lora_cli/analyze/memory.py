@@ -111,15 +111,36 @@ def decoding(rehearsal: Rehearsal) -> float:
 
 
 def sharded(found: Memory, rehearsal: Rehearsal, devices: int) -> Memory:
-    """The same with the blocks of the base shared out over devices; each has the block at hand, and the next, whole.
+    """The same with the base shared out over devices; each has the block at hand, and the next, whole.
 
     As `train.parallel: fsdp` does it, with the adapter whole on each; the two ends are whole while a step computes.
     """
     if devices == 1:
         return found
-    blocks = [sum(p.nbytes for p in _frozen(rehearsal, block)) for block in rehearsal.blocks]
-    away = sum(blocks) * (1 - 1 / devices)
-    return replace(found, weights=found.weights - away, passing=found.passing + 2 * max(blocks, default=0))
+    blocks, ends = _shared(rehearsal)
+    away = (sum(blocks) + ends) * (1 - 1 / devices)
+    whole = ends + 2 * max(blocks, default=0)
+    return replace(found, weights=found.weights - away, passing=found.passing + whole)
+
+
+def gathered(rehearsal: Rehearsal) -> float:
+    """Bytes of a base that is shared out which come together in a micro-batch: the blocks twice, the ends once."""
+    blocks, ends = _shared(rehearsal)
+    return 2 * sum(blocks) + ends
+
+
+def _shared(rehearsal: Rehearsal) -> tuple[list[float], float]:
+    """Bytes of each block of the base, as it is kept, and of what is in none."""
+    kind = rehearsal.base
+    found = [[*_frozen(rehearsal, block)] for block in rehearsal.blocks]
+    ends = sum(p.nbytes for p in _frozen(rehearsal, rehearsal.model)) - sum(
+        p.nbytes for each in found for p in each
+    )
+    blocks = [
+        sum(p.numel() * PER_WEIGHT[kind] if kind and p.ndim == 2 else p.nbytes for p in each)
+        for each in found
+    ]
+    return blocks, ends
 
 
 def blocks_to_recompute(rehearsal: Rehearsal, case: Case, device: Device, limit: float) -> int | None:

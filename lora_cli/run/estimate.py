@@ -20,6 +20,7 @@ from lora_cli.analyze.memory import (
     Case,
     Memory,
     decoding,
+    gathered,
     largest,
     memory,
     sharded,
@@ -251,9 +252,9 @@ def pace(
 
 
 def _sent(rehearsed: Rehearsal, batches: int, gpus: int, shard: bool) -> float:
-    """Bytes that a device sends in a step: the gradient once; of a shared base the weights twice a micro-batch."""
+    """Bytes that a device sends in a step: the gradient once; of a shared base what comes together for it."""
     share = (gpus - 1) / gpus
-    base = 2 * batches * rehearsed.held.weights * share if shard else 0.0
+    base = batches * gathered(rehearsed) * share if shard else 0.0
     return 2 * rehearsed.held.gradients * share + base
 
 
@@ -267,7 +268,7 @@ def _peaks(recipe: Recipe, rehearsed: Rehearsal, case: Case, device: Device) -> 
         found[f"model.quantize: {kind}"] = memory(other, case, device).peak
         found[f"model.quantize: {kind}, recompute all blocks"] = memory(other, everything, device).peak
     now = memory(rehearsed, case, device)
-    for count in () if rehearsed.base else (2, 4, 8):
+    for count in (2, 4, 8):
         shared = sharded(now, rehearsed, count)
         if shared.weights < now.weights:  # else all of it trains
             found[f"train.parallel: fsdp, {count} devices"] = shared.peak

@@ -53,7 +53,9 @@ def export(
         adapter.deactivate()
         exact = _as_lora(adapter)
         named = base or str(saved.base)
-        files.write(made, exact, adapter.model, named, saved.config.revision, saved.ours.add_tokens)
+        files.write(
+            made, exact, adapter.model, named, saved.config.revision, saved.ours.add_tokens, adapter.codes
+        )
         _carry_along(folder, made, opened.language)
         error = probe.distance(_reload(made, opened.language, rows), live)
         if not error <= TOLERANCE:

@@ -57,9 +57,6 @@ def check_method(recipe: Recipe) -> None:
     if method.base is not None and recipe.model.split_experts:
         what, fix = "experts that are taken apart stay as they are stored", "leave one of the two out"
         raise UserError(f"{what}, and would not be quantised", where="model.split_experts", fix=fix)
-    if method.base is not None and recipe.train.parallel == "fsdp":
-        what, fix = "a quantised base is not shared out: each process has all of it", "leave it out"
-        raise UserError(what, where="train.parallel: fsdp", fix=fix)
 
 
 def _refuse_plain(recipe: Recipe) -> None:
@@ -131,7 +128,7 @@ def load_model(recipe: Recipe, accelerator: Accelerator) -> LanguageModel:
         what = f"a base that is computed in {computed} but stored in {str(stored).removeprefix('torch.')} is cast "
         what += "block by block, and the casts are kept"
         raise UserError(what, where="train.parallel: fsdp", fix=f"set model.dtype: {computed}")
-    return models.load(recipe.model.model_copy(update={"dtype": str(stored).removeprefix("torch.")}))
+    return models.load(model_of(recipe).model_copy(update={"dtype": str(stored).removeprefix("torch.")}))
 
 
 def load_data(recipe: Recipe, tokenizer: Any, cache: Path) -> Datasets:
@@ -177,7 +174,7 @@ def training(
         files.note_signs(language.model, plan)
     with screen.counting("starting layers", len(plan.touched)) as counter:
         adapter = inject(language.model, plan, recipe.train.seed, statistics, advance=counter.advance)
-    if plan.quantised:
+    if plan.quantised and not shared:
         language.model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     shares = share_out(language.model, adapter, accelerator) if shared else None
     with models.computing(language.model):

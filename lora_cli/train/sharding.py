@@ -4,7 +4,6 @@ arXiv:2304.11277, by PyTorch's `fully_shard`. Only the base is shared out. What 
 of it, and its gradient is added up in one message a step, as without.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lora_cli.adapter.inject import Adapter
+from lora_cli.adapter.quantised import Quantised
 from lora_cli.blocks import blocks
-from lora_cli.errors import ExitCode, UserError
 from lora_cli.train.processes import others_alive
 
 all_gather: Any = (
@@ -61,11 +60,10 @@ def share_out(model: nn.Module, adapter: Adapter, accelerator: Accelerator) -> S
     """Let each process keep its rows of every weight of the base, on its device; the adapter is moved there whole.
 
     Whatever reads W0 itself has to do so before, or in the forward pass of its block.
-
-    Raises:
-        UserError: the base is kept in few bits.
     """
-    _refuse_codes(model)
+    for module in model.modules():
+        if isinstance(module, Quantised):
+            module.codes_as_parameters()
     own = {*adapter.named_tensors().values()}
     for parameter in own:
         parameter.data = parameter.data.to(accelerator.device)
@@ -80,15 +78,3 @@ def share_out(model: nn.Module, adapter: Adapter, accelerator: Accelerator) -> S
             module.set_custom_all_gather(gathering)  # pyright: ignore[reportArgumentType]
     shared = [p for p in model.parameters() if isinstance(p, DTensor)]
     return Shares(gathering, sum(p.nbytes for p in shared), sum(p.to_local().nbytes for p in shared))
-
-
-def _refuse_codes(model: nn.Module) -> None:
-    """Codes of a quantised base are buffers, which are not shared out: each process would keep all of them."""
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    for name, tensor in tensors:
-        if tensor.dtype in (torch.uint8, torch.int8):
-            what, fix = (
-                f"{name} is quantised, and what is quantised is not shared out yet",
-                "train.parallel: ddp",
-            )
-            raise UserError(what, where="train.parallel: fsdp", fix=fix, code=ExitCode.MODEL)

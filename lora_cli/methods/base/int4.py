@@ -36,8 +36,9 @@ class Layer(quantised.Quantised):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Scale times code, which float32 holds exactly, plus zero point, rounded to `dtype`."""
-        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(-2)
-        W = codes * self.scale.float()[..., None] + self.zero[..., None]
+        pairs = self.read("codes")
+        codes = torch.stack([pairs >> 4, pairs & 15], -1).flatten(-2)
+        W = codes * self.read("scale").float()[..., None] + self.read("zero")[..., None]
         return W.flatten(1)[:, : self.in_features].to(dtype)
 
 

@@ -20,8 +20,8 @@ class Layer(quantised.Quantised):
     absmax: Tensor
 
     def keep(self, codes: Tensor, absmax: Tensor) -> None:
-        """Hold them."""
-        self.register_buffer("codes", codes.detach())
+        """Hold them, row by row: where they are shared out, each process has some rows."""
+        self.register_buffer("codes", codes.detach().contiguous())
         self.register_buffer("absmax", absmax.detach().float())
 
     def adopt(self, layer: nn.Module) -> None:
@@ -31,7 +31,7 @@ class Layer(quantised.Quantised):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Code times a 127th of the row's largest value, rounded to `dtype` once."""
-        return (self.codes * (self.absmax / LARGEST)[:, None]).to(dtype)
+        return (self.read("codes") * (self.read("absmax") / LARGEST)[:, None]).to(dtype)
 
 
 wraps, View = Layer, quantised.View

@@ -56,12 +56,14 @@ class Layer(quantised.Quantised):
         """
         bnb = _bitsandbytes()
         state: Any = bnb.QuantState
-        shape = torch.Size((self.absmax.numel(), self.block))
+        codes, absmax = self.read("codes"), self.read("absmax")
+        shape = torch.Size((absmax.numel(), self.block))
         kept = {"shape": shape, "blocksize": self.block, "quant_type": self.levels, "dtype": dtype}
         if self.nested_absmax is not None:
-            nested = state(self.nested_absmax, code=self.nested_levels, blocksize=OUTER, dtype=torch.float32)
+            levels = self.read("nested_levels")
+            nested = state(self.read("nested_absmax"), code=levels, blocksize=OUTER, dtype=torch.float32)
             kept |= {"offset": self.offset, "state2": nested}
-        found: Tensor = bnb.dequantize_4bit(self.codes[:, None], state(self.absmax, **kept))
+        found: Tensor = bnb.dequantize_4bit(codes[:, None], state(absmax, **kept))
         return found.flatten()[: self.out_features * self.in_features].view(self.out_features, -1)
 
 
