@@ -28,6 +28,7 @@ forbids = {
     "init.eva": "one of both has to decide over ranks",
     "init.galore": "it would start anew along a gradient that nobody has measured",
     "lifecycle.restart": "a rank controller decides over a whole run, not over the piece between two restarts",
+    "lifecycle.r_drop": "what it adds is a share of the rows of one part only",
     **dict.fromkeys(
         ("combine.optimizer_view", "lifecycle.roselora", "lifecycle.sparse_adapter"),
         "it follows the factors that each layer began with",
