@@ -365,6 +365,14 @@ def error_as_started(W0: Tensor, layer: Any, sizes: Tensor | float) -> float:
     return torch.linalg.norm((W0 - Q - thin) * sizes).item()
 
 
+def test_the_first_thin_part_of_lq_with_fisher_weights_is_the_weighted_svd_of_w0():
+    W0, layer, x = start_of("lq_fisher", iterations=1)
+    sizes = fisher_sizes(x).double()
+    U, S, Vt = torch.linalg.svd(sizes * W0.double(), full_matrices=False)
+    found = 0.5 * layer.delta.B.detach().double() @ layer.delta.A.detach().double()
+    torch.testing.assert_close(sizes * found, U[:, :8] * S[:8] @ Vt[:8], rtol=0, atol=1e-5 * S[0].item())
+
+
 def test_lq_with_fisher_weights_is_better_than_lq_where_the_loss_feels_it_and_worse_elsewhere():
     torch.manual_seed(3)
     W0, weighted, x = start_of("lq_fisher")
