@@ -1,7 +1,8 @@
 """A model as it lies in its files, tensor by tensor: for what must not depend on how large the model is.
 
 The names in the files are not always those of the parameters, and a parameter may be made of several tensors (experts
-that are fused when they are loaded). transformers knows how; its tables are asked, in both directions.
+that are fused when they are loaded). transformers knows how; its tables are asked, in both directions. Where the files
+hold codes of bitsandbytes, a parameter is what they are multiplied out to.
 """
 
 import copy
@@ -9,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +28,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from lora_cli import io_ops
+from lora_cli import io_ops, packed
 from lora_cli import model as models
+from lora_cli.adapter.quantised import Quantised
 from lora_cli.recipe.schema import ModelRecipe
 
 KINDS = {
@@ -66,6 +68,8 @@ class Group:
     """None where only the name changes, if anything does."""
     patterns: tuple[str, ...] = ()
     """Of `how`, which of its patterns each stored name matched."""
+    codes: str | None = None
+    """Which of our quantised layers the tensors are one of, the codes first; None where they are the numbers."""
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Stored:
     recipe: ModelRecipe
     skeleton: PreTrainedModel
     """On the meta device, with the shapes that the files have."""
+    multiplied: torch.dtype
+    """The type that codes are multiplied out to, as in transformers: that of the config."""
     entries: dict[str, Entry]
     """In the order of the files."""
     groups: list[Group]
@@ -101,17 +107,44 @@ class Stored:
         with _damage(self.recipe):
             return self.files[name].get_tensor(name)
 
-    def values(self, group: Group) -> dict[str, Tensor]:
-        """The parameters that a group makes, as transformers would load them in the type they are stored in."""
-        return _forward(group, self.tensor, self.skeleton)
-
     def reverted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters -> the tensors of the files that they would be read from."""
         return revert_weight_conversion(self.skeleton, values)
 
+    def as_stored(self, group: Group, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of a group -> its tensors; of what were codes, one with all numbers."""
+        if group.how is None:
+            return {group.stored[0]: values[group.parameters[0]]}
+        return self.reverted(values)
+
     def parameter(self, name: str) -> Tensor:
-        """One parameter, in the type it is stored in."""
-        return self.values(self.of[name])[name]
+        """One parameter, as transformers would load it in the type it is stored in."""
+        group = self.of[name]
+        if group.codes is not None:
+            layer = self.layer(name)
+            return layer.plain.oriented(layer.dequantised(torch.float32)).to(self.multiplied).contiguous()
+        return _forward(group, self.tensor, self.skeleton)[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a parameter."""
+        group = self.of[name]
+        return self.entries[group.stored[0]].dtype if group.codes is None else self.multiplied
+
+    @property
+    def codes(self) -> frozenset[str]:
+        """The parameters that the files hold as codes."""
+        return frozenset(name for name, group in self.of.items() if group.codes is not None)
+
+    def layer(self, name: str) -> Quantised:
+        """The layer around a parameter that the files hold as codes."""
+        group, (owner, _, _) = self.of[name], name.rpartition(".")
+        assert group.codes is not None, "the caller asks `codes`"
+        inside = len(group.stored[0].removesuffix("weight"))
+        try:
+            saved = {each[inside:]: self.tensor(each) for each in group.stored}
+            return packed.read(group.codes, self.skeleton.get_submodule(owner), saved)
+        except ValueError as error:
+            raise models.missing(self.recipe, f"{group.stored[0]}: {error}") from error
 
 
 def open_stored(recipe: ModelRecipe) -> Stored:
@@ -120,7 +153,7 @@ def open_stored(recipe: ModelRecipe) -> Stored:
     Raises:
         UserError: the model is missing, damaged, or not complete.
     """
-    skeleton = models.skeleton(recipe)
+    skeleton = models.plain_skeleton(recipe)
     entries: dict[str, Entry] = {}
     files: dict[str, Any] = {}
     for path in models.weight_files(recipe):
@@ -131,8 +164,10 @@ def open_stored(recipe: ModelRecipe) -> Stored:
                 about = file.get_slice(name)
                 entries[name] = Entry(name, _kind(recipe, name, about.get_dtype()), tuple(about.get_shape()))
                 files[name] = file
-    groups, others = _groups(recipe, skeleton, entries)
-    stored = Stored(recipe, skeleton, entries, groups, others, files)
+    groups, others = _with_codes(skeleton.config, entries, *_groups(recipe, skeleton, entries))
+    packed.forget(skeleton.config)
+    multiplied = models.DTYPES[models.dtype_on_disk(recipe)]
+    stored = Stored(recipe, skeleton, multiplied, entries, groups, others, files)
     stored.of = {name: group for group in groups for name in group.parameters}
     _check(stored)
     _untie_different(stored)
@@ -192,6 +227,20 @@ def _groups(
     return sorted(groups, key=lambda group: order[group.stored[0]]), others
 
 
+def _with_codes(
+    config: Any, entries: Mapping[str, Entry], groups: list[Group], others: list[str]
+) -> tuple[list[Group], list[str]]:
+    """Put the tensors that belong to codes beside these."""
+    found: list[Group] = []
+    for group in groups:
+        beside = () if group.how is not None else packed.beside(config, group.stored[0], entries)
+        if beside:
+            group = replace(group, stored=group.stored + beside, codes=packed.format_of(config))
+        found.append(group)
+    used = {name for group in found for name in group.stored}
+    return found, [name for name in others if name not in used]
+
+
 def _forward(group: Group, read: Callable[[str], Tensor], skeleton: PreTrainedModel) -> dict[str, Tensor]:
     if group.how is None:
         return {group.parameters[0]: read(group.stored[0])}
@@ -218,6 +267,8 @@ def _check(stored: Stored) -> None:
         what = f"{len(absent)} weights are missing, such as {sorted(absent)[0]}"
         raise models.missing(stored.recipe, what)
     for group in stored.groups:
+        if group.codes is not None:
+            continue  # they are held against the shape when they are read
         made = _forward(group, lambda name: _empty(stored.entries[name]), stored.skeleton)
         for name, value in made.items():
             if name in known and value.shape != known[name].shape:
@@ -225,6 +276,8 @@ def _check(stored: Stored) -> None:
                 raise models.missing(
                     stored.recipe, f"{name} has another shape than config.json says: {shapes}"
                 )
+            if name in known and known[name].is_floating_point() and not value.is_floating_point():
+                raise models.missing(stored.recipe, f"{name} is stored as codes, and what they mean is not")
 
 
 def _untie_different(stored: Stored) -> None:
