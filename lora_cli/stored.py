@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -31,6 +32,7 @@ from transformers.core_model_loading import (
 from lora_cli import io_ops, packed
 from lora_cli import model as models
 from lora_cli.adapter.quantised import Quantised
+from lora_cli.experts import Place, places
 from lora_cli.recipe.schema import ModelRecipe
 
 KINDS = {
@@ -71,6 +73,11 @@ class Group:
     codes: str | None = None
     """Which of our quantised layers the tensors are one of, the codes first; None where they are the numbers."""
 
+    @property
+    def together(self) -> bool:
+        """Whether it is one tensor that has a parameter of every expert, in their order."""
+        return self.how is None and len(self.parameters) > 1
+
 
 @dataclass
 class Stored:
@@ -90,6 +97,41 @@ class Stored:
     """Name of a tensor -> the open file that holds it."""
     of: dict[str, Group] = field(default_factory=dict)
     """Parameter -> what it is made of; only one of two that are tied is in the files."""
+    places: dict[str, Place] = field(default_factory=dict)
+    """Parameter of an expert that was taken apart -> where it is in a fused one."""
+    inside: dict[str, list[str]] = field(default_factory=dict)
+    """Fused parameter -> those that it was taken apart into, in their order."""
+
+    def take_apart(self) -> None:
+        """Let the parameters of single experts, as the skeleton has them now, stand in for the fused ones.
+
+        Raises:
+            UserError: the files hold experts otherwise than in one tensor for all, or in tensors of their own.
+        """
+        self.places = places(self.skeleton)
+        for name, place in self.places.items():
+            self.inside.setdefault(place.fused, []).append(name)
+        self.groups = [each for group in self.groups for each in self._apart(group)]
+        order = {name: number for number, name in enumerate(self.entries)}
+        self.groups.sort(key=lambda group: order[group.stored[0]])
+        self.of = {name: group for group in self.groups for name in group.parameters}
+
+    def _apart(self, group: Group) -> list[Group]:
+        """The groups of single experts that a group of fused ones is made of."""
+        names = self.inside.get(group.parameters[0])
+        if names is None:
+            return [group]
+        if group.how is None:
+            return [replace(group, parameters=tuple(names))]
+        columns: dict[str, list[str]] = {pattern: [] for pattern in group.patterns}
+        for stored, pattern in zip(group.stored, group.patterns, strict=True):
+            columns[pattern].append(stored)
+        stacked = isinstance(first := group.how.operations[0], MergeModulelist) and first.dim == 0
+        if not stacked or any(len(column) != len(names) for column in columns.values()):
+            what = f"{group.parameters[0]} is made of tensors that are not those of single experts"
+            raise models.missing(self.recipe, what)
+        rows = zip(*columns.values(), strict=True)
+        return [Group(row, (name,), group.how, tuple(columns)) for row, name in zip(rows, names, strict=True)]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The content of one tensor, some rows at a time."""
@@ -113,9 +155,21 @@ class Stored:
 
     def as_stored(self, group: Group, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of a group -> its tensors; of what were codes, one with all numbers."""
+        name = group.parameters[0]
         if group.how is None:
-            return {group.stored[0]: values[group.parameters[0]]}
-        return self.reverted(values)
+            return {group.stored[0]: values[name]}
+        if name not in self.places:
+            return self.reverted(values)
+        fused = self.places[name].fused
+        made = self.reverted(
+            {fused: self.slice_of(name, values[name])}
+        )  # of a mixture of one: they are called 0
+        names = dict(zip(self.of[self.inside[fused][0]].stored, group.stored, strict=True))
+        return {names[each]: tensor for each, tensor in made.items()}
+
+    def slice_of(self, name: str, value: Tensor) -> Tensor:
+        """A parameter of an expert as a slice [1, ...] of the fused one."""
+        return self.places[name].turned(value)[None]
 
     def parameter(self, name: str) -> Tensor:
         """One parameter, as transformers would load it in the type it is stored in."""
@@ -123,7 +177,14 @@ class Stored:
         if group.codes is not None:
             layer = self.layer(name)
             return layer.plain.oriented(layer.dequantised(torch.float32)).to(self.multiplied).contiguous()
-        return _forward(group, self.tensor, self.skeleton)[name]
+        if name not in self.places:
+            return _forward(group, name, self.tensor, self.skeleton)[name]
+        place = self.places[name]
+        if group.together:
+            with _damage(self.recipe):
+                content = self.files[group.stored[0]].get_slice(group.stored[0])
+                return place.turned(content[place.expert : place.expert + 1][0])
+        return place.turned(_forward(group, place.fused, self.tensor, self.skeleton)[place.fused][0])
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter."""
@@ -221,7 +282,7 @@ def _groups(
             continue
         group = Group(names, (target,), by_pattern[patterns[0]], patterns)
         with _damage(recipe):
-            made = _forward(group, lambda name: _empty(entries[name]), skeleton)
+            made = _forward(group, target, lambda name: _empty(entries[name]), skeleton)
         groups.append(Group(names, tuple(made), group.how, patterns))
     order = {name: number for number, name in enumerate(entries)}
     return sorted(groups, key=lambda group: order[group.stored[0]]), others
@@ -241,15 +302,16 @@ def _with_codes(
     return found, [name for name in others if name not in used]
 
 
-def _forward(group: Group, read: Callable[[str], Tensor], skeleton: PreTrainedModel) -> dict[str, Tensor]:
+def _forward(
+    group: Group, target: str, read: Callable[[str], Tensor], skeleton: PreTrainedModel
+) -> dict[str, Tensor]:
+    """What transformers makes of a group; `target` is the first parameter, or what would be fused of such groups."""
     if group.how is None:
-        return {group.parameters[0]: read(group.stored[0])}
+        return {target: read(group.stored[0])}
     how = copy.deepcopy(group.how)
     for name, pattern in zip(group.stored, group.patterns, strict=True):
-        how.add_tensor(
-            group.parameters[0], name, pattern, cast(Any, read(name))
-        )  # a Future, or what it gives
-    made = how.convert(group.parameters[0], model=skeleton, config=skeleton.config)
+        how.add_tensor(target, name, pattern, cast(Any, read(name)))  # a Future, or what it gives
+    made = how.convert(target, model=skeleton, config=skeleton.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
@@ -269,7 +331,8 @@ def _check(stored: Stored) -> None:
     for group in stored.groups:
         if group.codes is not None:
             continue  # they are held against the shape when they are read
-        made = _forward(group, lambda name: _empty(stored.entries[name]), stored.skeleton)
+        first = group.parameters[0]
+        made = _forward(group, first, lambda name: _empty(stored.entries[name]), stored.skeleton)
         for name, value in made.items():
             if name in known and value.shape != known[name].shape:
                 shapes = f"{tuple(value.shape)} instead of {tuple(known[name].shape)}"

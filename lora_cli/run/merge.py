@@ -66,7 +66,6 @@ def merge(
     refuse_routed(folder)
     saved, trained = files.read(folder), trained_with(folder)
     recipe = _source(saved, trained, base)
-    _refuse_split(recipe, folder)
     refuse_inside(output, folder, Path(recipe.name))
     io_ops.remove_abandoned(output)
     with io_ops.new_folder(output) as made:
@@ -91,14 +90,6 @@ def _source(saved: Saved, trained: Recipe | None, base: str | None) -> ModelReci
         what, fix = "the adapter does not name its base", "give it with --base"
         raise UserError(what, where=str(saved.folder), fix=fix, code=ExitCode.MODEL)
     return base_of({"": saved}, trained, base, None)
-
-
-def _refuse_split(recipe: ModelRecipe, folder: Path) -> None:
-    """Refuse experts that were taken apart: the files hold them together, and are rewritten tensor by tensor."""
-    if recipe.split_experts:
-        what = "adapts experts whose weights are one tensor, and these are not merged from file to file yet"
-        fix = "use the adapter beside its base; PEFT reads and merges it too, as target_parameters"
-        raise UserError(what, where=str(folder), fix=fix, code=ExitCode.MODEL)
 
 
 def _use_template(weights: Weights, trained: Recipe | None, screen: Screen) -> None:

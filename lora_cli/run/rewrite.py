@@ -81,6 +81,9 @@ def write(work: Rewriting, folder: Path) -> dict[str, Entry]:
                 inject.rounded(block, entry.dtype, entry.name) if block.dtype != entry.dtype else block
                 for block in work.weights.stored.blocks(entry.name)
             )
+        elif group.together:
+            laid = work.weights.stored.slice_of
+            blocks = (laid(name, _value(work, name)) for name in group.parameters)
         else:
             if entry.name not in kept:
                 kept.update(_tensors(work, group))
@@ -126,11 +129,12 @@ def _in_order(work: Rewriting) -> list[Group | None]:
     of = {**stored.of, **extra}
     found: dict[int, Group] = {}
     for group in [*stored.groups, *extra.values()]:
-        found.setdefault(id(group), group)
+        # A weight before its bias: what is merged and waits for its turn is then the smaller of both.
         for name in group.parameters:
             for other in work.pieces[name].parameters if name in work.pieces else ():
                 if other in of:
                     found.setdefault(id(of[other]), of[other])
+        found.setdefault(id(group), group)
     return [*found.values(), None]
 
 
@@ -148,6 +152,9 @@ def _entries(work: Rewriting, group: Group | None) -> list[Entry]:
     stored = work.weights.stored
     if group is None:
         return [stored.entries[name] for name in stored.others]
+    if _changes(work, group) and group.together:
+        (entry,) = (stored.entries[name] for name in group.stored)
+        return [replace(entry, dtype=_dtype(work, group.parameters[0]))]
     if _changes(work, group):
         model = work.weights.language.model
         shapes = {name: model.get_parameter(name).shape for name in group.parameters}
@@ -165,8 +172,9 @@ def _entries(work: Rewriting, group: Group | None) -> list[Entry]:
 
 
 def _dtype(work: Rewriting, name: str) -> torch.dtype:
-    """One type for all of a piece, as a layer has one."""
-    first = work.pieces[name].parameters[0] if name in work.pieces else name
+    """One type for all of a piece, as a layer has one; an expert's parameters are parts of several tensors."""
+    alone = name in work.pieces and name not in work.weights.stored.places
+    first = work.pieces[name].parameters[0] if alone else name
     return work.dtype or work.weights.dtype(first)
 
 

@@ -103,6 +103,14 @@ class Weights(Mapping[str, Tensor]):
         """Every parameter, by all its names."""
         return (name for name, _ in self.language.model.named_parameters(remove_duplicate=False))
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it is a parameter, and not a buffer; nothing is read to say so."""
+        try:
+            self.language.model.get_parameter(str(name))
+        except AttributeError:
+            return False
+        return True
+
     def __len__(self) -> int:
         """Number of them."""
         return sum(1 for _ in self)
@@ -128,5 +136,7 @@ def open_weights(recipe: ModelRecipe) -> Weights:
     held = [name for name in names if name in stored.of]
     old_rows = models.end_modules(stored.skeleton)[0].weight.shape[0]
     language = models.with_tokens(stored.skeleton, tokenizer, recipe)
+    if recipe.split_experts:
+        stored.take_apart()
     held_as = {name: held[0] for name in names if name not in held}
     return Weights(stored, language, old_rows, held_as, quantised=stored.codes)
