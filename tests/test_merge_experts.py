@@ -165,6 +165,19 @@ def test_a_bias_of_experts_that_trains_is_merged_beside_its_weight(tmp_path):
     assert not torch.equal(before[(name := "model.layers.0.mlp.experts.gate_up_proj_bias")], after[name])
 
 
+def test_weights_and_biases_of_experts_keep_their_types(tmp_path):
+    W0 = save_split(
+        tmp_path, "gpt_oss", "bfloat16", target_modules=("gate_up_proj", "down_proj"), lora_bias=True
+    )
+    mixed = {name: W.float() if name.endswith("proj_bias") else W for name, W in W0.items()}
+    save_file(mixed, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    found = streamed(tmp_path)
+    assert {name: W.dtype for name, W in found.items()} == {name: W.dtype for name, W in mixed.items()}
+    expected = merged_in_memory(tmp_path, None, "float32")
+    for name, W in found.items():
+        torch.testing.assert_close(W, expected[name].to(W.dtype), rtol=1e-6, atol=1e-6)
+
+
 def test_experts_in_a_layout_that_is_not_known_are_refused(tmp_path, monkeypatch):
     save_split(tmp_path, "mixtral")
     monkeypatch.setattr(stored, "MergeModulelist", type("Other", (), {}))

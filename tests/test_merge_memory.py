@@ -64,6 +64,17 @@ def llama(folder: Path, times: int, **recipe: Any) -> None:
     save_adapter(folder, inject.inject(language.model, made))
 
 
+def biases_first(folder: Path, times: int) -> None:
+    """Fused experts in files of which the first has all that waits until what it is merged with is written."""
+    W0 = save_split(folder, "gpt_oss", r=1, config={"num_local_experts": 2 * times})
+    names = sorted(W0, key=lambda name: not name.endswith("_bias"))
+    entries = [stored.Entry(name, W0[name].dtype, tuple(W0[name].shape)) for name in names]
+    (folder / "base" / "model.safetensors").unlink()
+    biases = sum(entry.size for entry in entries if entry.name.endswith("_bias"))
+    stored.write(folder / "base", entries, lambda entry: [W0[entry.name]], biases)
+    assert next(iter(stored.open_stored(ModelRecipe(name=str(folder / "base"))).entries)).endswith("_bias")
+
+
 BASES: dict[str, Any] = {
     "dense": llama,
     "quantised in training": lambda folder, times: llama(folder, times, quantize="nf4"),
@@ -74,6 +85,7 @@ BASES: dict[str, Any] = {
     "experts together": lambda folder, times: save_split(
         folder, "gpt_oss", r=1, config={"num_local_experts": 2 * times}
     ),
+    "experts together, biases first": lambda folder, times: biases_first(folder, times),
     "experts left alone": lambda folder, times: save_split(
         folder, "mixtral", r=1, target_modules=("q_proj",), config={"num_local_experts": 2 * times}
     ),
@@ -87,7 +99,7 @@ def most_held(folder: Path, times: int, base: str, **how: Any) -> tuple[int, int
     with Held() as held:
         merge(folder / "adapter", folder / "merged", "float32", Screen.silent(), **how)
     adapter = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
-    return held.most - adapter, (folder / "merged" / "model.safetensors").stat().st_size
+    return held.most - adapter, sum(path.stat().st_size for path in (folder / "merged").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,19 @@ def test_another_type_is_rounded_to_once(tmp_path):
     wide, narrow = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16"))
     assert {W.dtype for W in wide.values()} == {torch.float32}
     assert all(torch.equal(wide[name].bfloat16(), W) for name, W in narrow.items())
+
+
+def test_codes_that_lie_in_another_type_are_the_same_codes(tmp_path):
+    """`bnb_4bit_quant_storage`, which FSDP wants to be that of the other weights."""
+    stored_quantised(tmp_path, "nf4")
+    merge(tmp_path / "adapter", tmp_path / "bytes", None, SCREEN)
+    shutil.rmtree(tmp_path / "base")
+    packed(tmp_path / "plain", tmp_path / "base", "nf4 in bfloat16")
+    assert load_file(tmp_path / "base" / "model.safetensors")[f"{UP}.weight"].dtype == torch.bfloat16
+    assert open_model([tmp_path / "adapter"]).adapters
+    merge(tmp_path / "adapter", tmp_path / "storage", None, SCREEN)
+    weights = "model.safetensors"
+    assert (tmp_path / "bytes" / weights).read_bytes() == (tmp_path / "storage" / weights).read_bytes()
 
 
 DAMAGE: dict[str, tuple[str, Any]] = {

@@ -866,6 +866,12 @@ def packed(plain: Path, folder: Path, form: str, dtype: torch.dtype = torch.floa
         "nf4": BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         ),
+        "nf4 in bfloat16": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_storage=torch.bfloat16,
+        ),
         "nf4, plain": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         "fp4": BitsAndBytesConfig(load_in_4bit=True),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
