@@ -5,6 +5,7 @@ Apart, they are slices of it, not copies; a forward pass goes through one expert
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,21 @@ from torch import Tensor, nn
 from lora_cli.methods.base.expert import ExpertLinear
 
 MATRICES = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter of one expert is among those of the fused module."""
+
+    fused: str
+    """Name of the fused parameter [experts, ...]."""
+    expert: int
+    transposed: bool
+    """Whether it lies there as [in, out]."""
+
+    def turned(self, part: Tensor) -> Tensor:
+        """What the fused parameter has of the expert -> the expert's own, and the other way round."""
+        return part.t().contiguous() if self.transposed else part
 
 
 def split(model: nn.Module) -> int:
@@ -28,6 +44,20 @@ def join(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, SplitExperts):
             model.set_submodule(name, module.joined())
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Parameter of an expert -> its place, of all mixtures of a model that were taken apart; expert by expert."""
+    found: dict[str, Place] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SplitExperts):
+            for number, _ in enumerate(module):
+                for matrix in MATRICES:
+                    own, fused = f"{name}.{number}.{matrix}", f"{name}.{matrix}"
+                    found[f"{own}.weight"] = Place(fused, number, module.is_transposed)
+                    if module.has_bias:
+                        found[f"{own}.bias"] = Place(f"{fused}_bias", number, False)
+    return found
 
 
 class Expert(nn.Module):
@@ -48,6 +78,16 @@ class SplitExperts(nn.ModuleList):
         shell = copy.copy(fused)
         shell._parameters = dict.fromkeys(fused._parameters)
         self._shell = [shell]  # in a list, so that nn.ModuleList does not take it for an expert
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the fused weights are [experts, in, out]."""
+        return self._shell[0].is_transposed
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether each matrix has one."""
+        return self._shell[0].has_bias
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum of what the chosen experts [tokens, k] make of x [tokens, in], by their weights [tokens, k].

@@ -94,19 +94,9 @@ def is_packed(recipe: ModelRecipe) -> bool:
     return packed.format_of(_config(recipe)) is not None
 
 
-def refuse_packed(recipe: ModelRecipe) -> None:
-    """Refuse a model that is stored quantised, where its weights are to be written anew.
-
-    Raises:
-        UserError: it is.
-    """
-    stored = packed.format_of(_config(recipe))
-    if stored is not None:
-        what, fix = (
-            f"{recipe.name} is stored in {stored}, which is not merged onto",
-            "use the adapter folder itself",
-        )
-        raise UserError(what, where="the base", fix=fix, code=ExitCode.MODEL)
+def plain_skeleton(recipe: ModelRecipe) -> PreTrainedModel:
+    """The same, with plain layers where the files hold codes: what such a model is when they are multiplied out."""
+    return _without_weights(recipe, _config(recipe))
 
 
 def _without_weights(

@@ -5,11 +5,11 @@ weights only: where bitsandbytes would round the inputs of an int8 layer too, he
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli import parts
@@ -65,7 +65,7 @@ def adopt(model: PreTrainedModel, plain: nn.Module) -> None:
             layer.adopt(model.get_submodule(name))
             layer.dtype = dtype
             model.set_submodule(name, layer.train(model.training))
-    delattr(model.config, "quantization_config")
+    forget(model.config)
     for key in (
         "hf_quantizer",
         "quantization_method",
@@ -78,10 +78,36 @@ def adopt(model: PreTrainedModel, plain: nn.Module) -> None:
     model.__dict__["_weight_conversions"] = [each for each in conversions if not _is_of_bitsandbytes(each)]
 
 
+def forget(config: Any) -> None:
+    """Let a config say nothing of codes: the model that it is of has none, or none of bitsandbytes' any more."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
 def _is_of_bitsandbytes(conversion: Any) -> bool:
     """Whether transformers would do it backwards when it saves the model, which has no such codes any more."""
     steps = getattr(conversion, "operations", ())
     return any("bitsandbytes" in type(step).__module__ for step in steps)
+
+
+def beside(config: Any, name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` in the files that belong to the codes `name`; none where it is a plain weight."""
+    part, layer = format_of(config), name.removesuffix("weight")
+    if part is None or layer == name:
+        return ()
+    begins = tuple(f"{layer}{each}" for each in parts.load("base", part).Layer.beside)
+    return tuple(each for each in names if each.startswith(begins))
+
+
+def read(part: str, plain: nn.Module, saved: Mapping[str, Tensor]) -> Quantised:
+    """One of our layers with the codes that transformers saved, by their names in the layer.
+
+    Raises:
+        ValueError: those are no codes for a layer of this shape.
+    """
+    layer = _stand_in(part, plain)
+    layer.unpack(saved)
+    return layer
 
 
 def pretend(skeleton: PreTrainedModel, config: Any) -> None:

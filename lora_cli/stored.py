@@ -1,7 +1,8 @@
 """A model as it lies in its files, tensor by tensor: for what must not depend on how large the model is.
 
 The names in the files are not always those of the parameters, and a parameter may be made of several tensors (experts
-that are fused when they are loaded). transformers knows how; its tables are asked, in both directions.
+that are fused when they are loaded). transformers knows how; its tables are asked, in both directions. Where the files
+hold codes of bitsandbytes, a parameter is what they are multiplied out to.
 """
 
 import copy
@@ -9,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -27,8 +29,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from lora_cli import io_ops
+from lora_cli import io_ops, packed
 from lora_cli import model as models
+from lora_cli.adapter.quantised import Quantised
+from lora_cli.experts import Place, places
 from lora_cli.recipe.schema import ModelRecipe
 
 KINDS = {
@@ -66,6 +70,13 @@ class Group:
     """None where only the name changes, if anything does."""
     patterns: tuple[str, ...] = ()
     """Of `how`, which of its patterns each stored name matched."""
+    codes: str | None = None
+    """Which of our quantised layers the tensors are one of, the codes first; None where they are the numbers."""
+
+    @property
+    def together(self) -> bool:
+        """Whether it is one tensor that has a parameter of every expert, in their order."""
+        return self.how is None and len(self.parameters) > 1
 
 
 @dataclass
@@ -75,6 +86,8 @@ class Stored:
     recipe: ModelRecipe
     skeleton: PreTrainedModel
     """On the meta device, with the shapes that the files have."""
+    multiplied: torch.dtype
+    """The type that codes are multiplied out to, as in transformers: that of the config."""
     entries: dict[str, Entry]
     """In the order of the files."""
     groups: list[Group]
@@ -84,6 +97,41 @@ class Stored:
     """Name of a tensor -> the open file that holds it."""
     of: dict[str, Group] = field(default_factory=dict)
     """Parameter -> what it is made of; only one of two that are tied is in the files."""
+    places: dict[str, Place] = field(default_factory=dict)
+    """Parameter of an expert that was taken apart -> where it is in a fused one."""
+    inside: dict[str, list[str]] = field(default_factory=dict)
+    """Fused parameter -> those that it was taken apart into, in their order."""
+
+    def take_apart(self) -> None:
+        """Let the parameters of single experts, as the skeleton has them now, stand in for the fused ones.
+
+        Raises:
+            UserError: the files hold experts otherwise than in one tensor for all, or in tensors of their own.
+        """
+        self.places = places(self.skeleton)
+        for name, place in self.places.items():
+            self.inside.setdefault(place.fused, []).append(name)
+        self.groups = [each for group in self.groups for each in self._apart(group)]
+        order = {name: number for number, name in enumerate(self.entries)}
+        self.groups.sort(key=lambda group: order[group.stored[0]])
+        self.of = {name: group for group in self.groups for name in group.parameters}
+
+    def _apart(self, group: Group) -> list[Group]:
+        """The groups of single experts that a group of fused ones is made of."""
+        names = self.inside.get(group.parameters[0])
+        if names is None:
+            return [group]
+        if group.how is None:
+            return [replace(group, parameters=tuple(names))]
+        columns: dict[str, list[str]] = {pattern: [] for pattern in group.patterns}
+        for stored, pattern in zip(group.stored, group.patterns, strict=True):
+            columns[pattern].append(stored)
+        stacked = isinstance(first := group.how.operations[0], MergeModulelist) and first.dim == 0
+        if not stacked or any(len(column) != len(names) for column in columns.values()):
+            what = f"{group.parameters[0]} is made of tensors that are not those of single experts"
+            raise models.missing(self.recipe, what)
+        rows = zip(*columns.values(), strict=True)
+        return [Group(row, (name,), group.how, tuple(columns)) for row, name in zip(rows, names, strict=True)]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The content of one tensor, some rows at a time."""
@@ -101,17 +149,63 @@ class Stored:
         with _damage(self.recipe):
             return self.files[name].get_tensor(name)
 
-    def values(self, group: Group) -> dict[str, Tensor]:
-        """The parameters that a group makes, as transformers would load them in the type they are stored in."""
-        return _forward(group, self.tensor, self.skeleton)
-
     def reverted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters -> the tensors of the files that they would be read from."""
         return revert_weight_conversion(self.skeleton, values)
 
+    def as_stored(self, group: Group, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of a group -> its tensors; of what were codes, one with all numbers."""
+        name = group.parameters[0]
+        if group.how is None:
+            return {group.stored[0]: values[name]}
+        if name not in self.places:
+            return self.reverted(values)
+        fused = self.places[name].fused
+        made = self.reverted(
+            {fused: self.slice_of(name, values[name])}
+        )  # of a mixture of one: they are called 0
+        names = dict(zip(self.of[self.inside[fused][0]].stored, group.stored, strict=True))
+        return {names[each]: tensor for each, tensor in made.items()}
+
+    def slice_of(self, name: str, value: Tensor) -> Tensor:
+        """A parameter of an expert as a slice [1, ...] of the fused one."""
+        return self.places[name].turned(value)[None]
+
     def parameter(self, name: str) -> Tensor:
-        """One parameter, in the type it is stored in."""
-        return self.values(self.of[name])[name]
+        """One parameter, as transformers would load it in the type it is stored in."""
+        group = self.of[name]
+        if group.codes is not None:
+            layer = self.layer(name)
+            return layer.plain.oriented(layer.dequantised(torch.float32)).to(self.multiplied).contiguous()
+        if name not in self.places:
+            return _forward(group, name, self.tensor, self.skeleton)[name]
+        place = self.places[name]
+        if group.together:
+            with _damage(self.recipe):
+                content = self.files[group.stored[0]].get_slice(group.stored[0])
+                return place.turned(content[place.expert : place.expert + 1][0])
+        return place.turned(_forward(group, place.fused, self.tensor, self.skeleton)[place.fused][0])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a parameter."""
+        group = self.of[name]
+        return self.entries[group.stored[0]].dtype if group.codes is None else self.multiplied
+
+    @property
+    def codes(self) -> frozenset[str]:
+        """The parameters that the files hold as codes."""
+        return frozenset(name for name, group in self.of.items() if group.codes is not None)
+
+    def layer(self, name: str) -> Quantised:
+        """The layer around a parameter that the files hold as codes."""
+        group, (owner, _, _) = self.of[name], name.rpartition(".")
+        assert group.codes is not None, "the caller asks `codes`"
+        inside = len(group.stored[0].removesuffix("weight"))
+        try:
+            saved = {each[inside:]: self.tensor(each) for each in group.stored}
+            return packed.read(group.codes, self.skeleton.get_submodule(owner), saved)
+        except ValueError as error:
+            raise models.missing(self.recipe, f"{group.stored[0]}: {error}") from error
 
 
 def open_stored(recipe: ModelRecipe) -> Stored:
@@ -120,7 +214,7 @@ def open_stored(recipe: ModelRecipe) -> Stored:
     Raises:
         UserError: the model is missing, damaged, or not complete.
     """
-    skeleton = models.skeleton(recipe)
+    skeleton = models.plain_skeleton(recipe)
     entries: dict[str, Entry] = {}
     files: dict[str, Any] = {}
     for path in models.weight_files(recipe):
@@ -131,8 +225,10 @@ def open_stored(recipe: ModelRecipe) -> Stored:
                 about = file.get_slice(name)
                 entries[name] = Entry(name, _kind(recipe, name, about.get_dtype()), tuple(about.get_shape()))
                 files[name] = file
-    groups, others = _groups(recipe, skeleton, entries)
-    stored = Stored(recipe, skeleton, entries, groups, others, files)
+    groups, others = _with_codes(skeleton.config, entries, *_groups(recipe, skeleton, entries))
+    packed.forget(skeleton.config)
+    multiplied = models.DTYPES[models.dtype_on_disk(recipe)]
+    stored = Stored(recipe, skeleton, multiplied, entries, groups, others, files)
     stored.of = {name: group for group in groups for name in group.parameters}
     _check(stored)
     _untie_different(stored)
@@ -186,21 +282,36 @@ def _groups(
             continue
         group = Group(names, (target,), by_pattern[patterns[0]], patterns)
         with _damage(recipe):
-            made = _forward(group, lambda name: _empty(entries[name]), skeleton)
+            made = _forward(group, target, lambda name: _empty(entries[name]), skeleton)
         groups.append(Group(names, tuple(made), group.how, patterns))
     order = {name: number for number, name in enumerate(entries)}
     return sorted(groups, key=lambda group: order[group.stored[0]]), others
 
 
-def _forward(group: Group, read: Callable[[str], Tensor], skeleton: PreTrainedModel) -> dict[str, Tensor]:
+def _with_codes(
+    config: Any, entries: Mapping[str, Entry], groups: list[Group], others: list[str]
+) -> tuple[list[Group], list[str]]:
+    """Put the tensors that belong to codes beside these."""
+    found: list[Group] = []
+    for group in groups:
+        beside = () if group.how is not None else packed.beside(config, group.stored[0], entries)
+        if beside:
+            group = replace(group, stored=group.stored + beside, codes=packed.format_of(config))
+        found.append(group)
+    used = {name for group in found for name in group.stored}
+    return found, [name for name in others if name not in used]
+
+
+def _forward(
+    group: Group, target: str, read: Callable[[str], Tensor], skeleton: PreTrainedModel
+) -> dict[str, Tensor]:
+    """What transformers makes of a group; `target` is the first parameter, or what would be fused of such groups."""
     if group.how is None:
-        return {group.parameters[0]: read(group.stored[0])}
+        return {target: read(group.stored[0])}
     how = copy.deepcopy(group.how)
     for name, pattern in zip(group.stored, group.patterns, strict=True):
-        how.add_tensor(
-            group.parameters[0], name, pattern, cast(Any, read(name))
-        )  # a Future, or what it gives
-    made = how.convert(group.parameters[0], model=skeleton, config=skeleton.config)
+        how.add_tensor(target, name, pattern, cast(Any, read(name)))  # a Future, or what it gives
+    made = how.convert(target, model=skeleton, config=skeleton.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
@@ -218,13 +329,18 @@ def _check(stored: Stored) -> None:
         what = f"{len(absent)} weights are missing, such as {sorted(absent)[0]}"
         raise models.missing(stored.recipe, what)
     for group in stored.groups:
-        made = _forward(group, lambda name: _empty(stored.entries[name]), stored.skeleton)
+        if group.codes is not None:
+            continue  # they are held against the shape when they are read
+        first = group.parameters[0]
+        made = _forward(group, first, lambda name: _empty(stored.entries[name]), stored.skeleton)
         for name, value in made.items():
             if name in known and value.shape != known[name].shape:
                 shapes = f"{tuple(value.shape)} instead of {tuple(known[name].shape)}"
                 raise models.missing(
                     stored.recipe, f"{name} has another shape than config.json says: {shapes}"
                 )
+            if name in known and known[name].is_floating_point() and not value.is_floating_point():
+                raise models.missing(stored.recipe, f"{name} is stored as codes, and what they mean is not")
 
 
 def _untie_different(stored: Stored) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_cli.adapter.plan import LayerSpec, Plan
+from lora_cli.adapter.plan import LayerSpec, Plan, view_of
 
 KIND = "expert"
 """The base of a matrix of one expert."""
@@ -34,11 +34,18 @@ def parameters(plan: Plan) -> dict[str, list[LayerSpec]]:
     return {name: [specs[number] for number in sorted(specs)] for name, specs in found.items()}
 
 
+def are_apart(plan: Plan, model: nn.Module) -> bool:
+    """Whether matrices of single experts are adapted, or trained in full."""
+    owners = {name.rpartition(".")[0] for name in plan.also}
+    kinds = (view_of(model.get_submodule(owner)) for owner in owners)
+    return bool(adapted(plan)) or any(kind is not None and kind[0] == KIND for kind in kinds)
+
+
 def fits(plan: Plan, model: nn.Module) -> bool:
     """Whether PEFT can say it: all experts of a block, one r and one scale for all; always without experts."""
     specs = adapted(plan)
     if not specs:
-        return True
+        return not are_apart(plan, model)
     whole = all(
         len(each) == sum(1 for _ in model.get_submodule(name.rpartition(".")[0]).children())
         for name, each in parameters(plan).items()

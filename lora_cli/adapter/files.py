@@ -88,7 +88,7 @@ def write(
         parts=plan.method.chosen(),
         add_tokens=tokens,
         base_fingerprint=fingerprint(model, plan),
-        split_experts=bool(expert_format.adapted(plan)),
+        split_experts=expert_format.are_apart(plan, model),
         layers=() if peft_format.is_peft(plan, model) else tuple(spec.name for spec in plan.layers),
         codes=codes,
     )

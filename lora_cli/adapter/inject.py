@@ -18,7 +18,7 @@ from lora_cli.adapter.base import SIGNS, Base
 from lora_cli.adapter.delta import Delta, LowRank, Place, Shared
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan, view_of
-from lora_cli.adapter.quantised import Quantised, View, digest, remainder
+from lora_cli.adapter.quantised import Quantised, digest, remainder
 from lora_cli.adapter.reading import reader_of
 from lora_cli.adapter.rows import Rows
 from lora_cli.adapter.seed import generator_of
@@ -289,6 +289,22 @@ def lost_by(stored: Tensor, W: Tensor, W0: Tensor) -> float:
     return math.sqrt(lost / change) if change else 0.0
 
 
+def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """‖found − expected‖ / ‖expected‖ over weight and bias of a layer together.
+
+    That is how much of what the layer computes is another, root mean square over inputs without a direction of their
+    own (standard normal ones): E‖W·x + b‖² = ‖W‖² + ‖b‖².
+    """
+    off = size = 0.0
+    for name, W in expected.items():
+        for low, wide in zip(
+            *(torch.atleast_1d(each).split(ROWS_AT_ONCE) for each in (found[name], W)), strict=True
+        ):
+            off += (low.float() - wide).square().sum().item()
+            size += wide.square().sum().item()
+    return math.sqrt(off / size) if size else math.sqrt(off)
+
+
 def _start(
     model: nn.Module,
     spec: LayerSpec,
@@ -342,7 +358,6 @@ def quantised(base: Base, W0: Tensor, part: Part, taken: tuple[Tensor, Tensor] |
     """What stands in the place of a plain layer with the weight W0 [out, in], float32 on the CPU."""
     made: Quantised = parts.load("base", part.name).quantise(base, remainder(W0, taken))
     made.taken = taken
-    made.error = (torch.linalg.norm(View(made).weight() - W0) / torch.linalg.norm(W0)).item()
     return made
 
 

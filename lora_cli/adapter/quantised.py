@@ -8,7 +8,8 @@ factors finds its base again to the bit.
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class Quantised(nn.Module, ABC):
     """y = W0'·x + b. A subclass keeps the codes in buffers, and multiplies them out."""
 
     bias: nn.Parameter | None
-    error: float
-    """‖W0' − W0‖ / ‖W0‖ (Frobenius): what quantising took."""
+    beside: ClassVar[tuple[str, ...]]
+    """What the names of the tensors begin with that transformers saves of a layer beside its `weight`."""
 
     def __init__(self, plain: Base) -> None:
         """Empty codes in the place of a plain layer: its shapes, its bias, its kind, but not its weight."""
@@ -41,7 +42,6 @@ class Quantised(nn.Module, ABC):
         self.dtype = plain.dtype
         self.plain = _emptied(plain)
         self.taken: tuple[Tensor, Tensor] | None = None
-        self.error = 0.0
         self.integers: dict[str, torch.dtype] = {}
 
     def codes_as_parameters(self) -> None:
@@ -73,6 +73,14 @@ class Quantised(nn.Module, ABC):
     @abstractmethod
     def adopt(self, layer: nn.Module) -> None:
         """Take over codes and bias of a layer of bitsandbytes, which is asked for where that has the format."""
+
+    @abstractmethod
+    def unpack(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over what transformers saved of a layer of bitsandbytes: `weight`, and what is `beside` it.
+
+        Raises:
+            ValueError: those are no codes for a layer of this shape.
+        """
 
     def forward(self, x: Tensor) -> Tensor:
         """W0'·x + b."""
@@ -153,7 +161,7 @@ class View(Base):
     def signs(self) -> Tensor:
         """Those of the weights before they were quantised, where these were known."""
         noted = dict(self.module.named_buffers(recurse=False)).get(SIGNS)
-        return signs(self.weight()) if noted is None else noted
+        return signs(self.module.plain.oriented(self.weight())) if noted is None else noted
 
     def without_taken(self, x: Tensor) -> Tensor:
         """dq(Q)·x + b."""
@@ -192,10 +200,20 @@ def remainder(W0: Tensor, taken: tuple[Tensor, Tensor] | None) -> Tensor:
 def digest(model: nn.Module) -> str | None:
     """A hash over all codes of a model; None where nothing is quantised."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Quantised)}
+    return digest_of({name: layer_digest(layer) for name, layer in layers.items()})
+
+
+def digest_of(layers: Mapping[str, str]) -> str | None:
+    """The same of layers that were never in memory together: name -> `layer_digest`, in any order."""
+    lines = (f"{name} {found}\n" for name, found in sorted(layers.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32] if layers else None
+
+
+def layer_digest(layer: Quantised) -> str:
+    """A hash over the codes of one layer."""
     found = hashlib.sha256()
-    for name, layer in sorted(layers.items()):
-        for key in layer.kept():
-            codes = layer.read(key)
-            found.update(f"{name}.{key}:{tuple(codes.shape)}".encode())
-            found.update(codes.cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32] if layers else None
+    for key in layer.kept():
+        codes = layer.read(key)
+        found.update(f"{key}:{tuple(codes.shape)}".encode())
+        found.update(codes.cpu().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -54,6 +54,10 @@ class Saved:
         """Whether the experts of its base have to be taken apart before it fits."""
         return self.ours.split_experts or bool(self.config.target_parameters)
 
+    def fits_codes(self, codes: str | None) -> bool:
+        """Whether it was trained on a base with these codes (None: with none); PEFT's adapters do not say."""
+        return not self.ours.lora_version or codes == self.ours.codes
+
     def mismatch(self, what: str) -> UserError:
         """The error that the adapter does not go with a model."""
         what = f"does not fit this model: {what}"

@@ -27,10 +27,9 @@ from lora_cli.model import DTYPES
 from lora_cli.recipe.schema import ModelRecipe, Recipe
 from lora_cli.run import onto as ontos
 from lora_cli.run import probe, rewrite
-from lora_cli.run.onto import Onto
 from lora_cli.run.open import adapter_in, base_of, refuse_inside, refuse_routed, trained_with
 from lora_cli.run.rewrite import Rewriting, digest
-from lora_cli.run.weights import Weights, open_weights
+from lora_cli.run.weights import Onto, Weights, open_weights
 from lora_cli.screen import Screen
 from lora_cli.stored import Entry, open_stored
 
@@ -67,21 +66,20 @@ def merge(
     refuse_routed(folder)
     saved, trained = files.read(folder), trained_with(folder)
     recipe = _source(saved, trained, base)
-    _refuse_split(recipe, folder)
     refuse_inside(output, folder, Path(recipe.name))
-    models.refuse_packed(recipe)
     io_ops.remove_abandoned(output)
     with io_ops.new_folder(output) as made:
         weights = open_weights(recipe)
         plan = files.plan_of(saved, weights.language.model, weights.language.ends, weights)
-        weights, plan = ontos.merged_onto(weights, plan, saved, onto)
-        work = rewrite.prepare(weights, saved, plan, None if dtype is None else DTYPES[dtype])
+        weights, plan = ontos.merged_onto(weights, plan, saved, onto, screen)
+        work = rewrite.prepare(weights, saved, plan, None if dtype is None else DTYPES[dtype], onto)
         _use_template(weights, trained, screen)
         written = rewrite.write(work, made)
+        ontos.check_codes(work, screen)
         _check_layers(work)
         _save_the_rest(work, made, _type_of(written))
         _read_back(work, written, made)
-    report = {"output": str(output), **_report(work, _type_of(written)), **ontos.report(weights, onto)}
+    report = {"output": str(output), **_report(work, _type_of(written)), **ontos.report(work)}
     _show(report, screen)
     return report
 
@@ -92,14 +90,6 @@ def _source(saved: Saved, trained: Recipe | None, base: str | None) -> ModelReci
         what, fix = "the adapter does not name its base", "give it with --base"
         raise UserError(what, where=str(saved.folder), fix=fix, code=ExitCode.MODEL)
     return base_of({"": saved}, trained, base, None)
-
-
-def _refuse_split(recipe: ModelRecipe, folder: Path) -> None:
-    """Refuse experts that were taken apart: the files hold them together, and are rewritten tensor by tensor."""
-    if recipe.split_experts:
-        what = "adapts experts whose weights are one tensor, and these are not merged from file to file yet"
-        fix = "use the adapter beside its base; PEFT reads and merges it too, as target_parameters"
-        raise UserError(what, where=str(folder), fix=fix, code=ExitCode.MODEL)
 
 
 def _use_template(weights: Weights, trained: Recipe | None, screen: Screen) -> None:

@@ -125,6 +125,18 @@ def refuse_routed(folder: Path) -> None:
         raise depends_on_input(method.name, str(folder))
 
 
+def other_codes(saved: Saved, packed: bool) -> UserError:
+    """The error that a base is quantised in another way than when an adapter was trained; `packed`: in its files."""
+    if packed:
+        what = "its files hold other codes than when it was trained"
+        fix = "name the model that it was trained on with --base"
+    else:
+        what = "its base is quantised to other codes than when it was trained"
+        fix = f"{ORIGINAL}, or use the bitsandbytes and the files that it was trained with"
+    what = f"does not fit this model: {what}"
+    return UserError(what, where=str(saved.folder), fix=fix, code=ExitCode.MODEL)
+
+
 def refuse_inside(output: Path, *sources: Path) -> None:
     """Refuse to write into what is read.
 
@@ -158,10 +170,8 @@ def _put_on(language: LanguageModel, saved: Saved, device: torch.device | None, 
     if original:
         plan = replace(plan, method=replace(plan.method, base=None), quantised=())
     adapter = inject(language.model, plan, taken=files.taken_of(saved, language.model))
-    if not original and adapter.codes != saved.ours.codes:
-        what = "does not fit this model: its base is quantised to other codes than when it was trained"
-        fix = f"{ORIGINAL}, or use the bitsandbytes that it was trained with"
-        raise UserError(what, where=str(saved.folder), fix=fix, code=ExitCode.MODEL)
+    if not original and not saved.fits_codes(adapter.codes):
+        raise other_codes(saved, packed=plan.method.base is None)
     language.model.to(device or torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     files.fill(adapter, saved)
     return adapter

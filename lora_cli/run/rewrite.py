@@ -1,7 +1,7 @@
 """The files of a base -> the files of the merged model, tensor by tensor; what no piece changes is copied."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from lora_cli.adapter.pieces import Piece, merged, pieces
 from lora_cli.adapter.plan import Plan
 from lora_cli.adapter.saved import Saved
 from lora_cli.errors import ExitCode, UserError
-from lora_cli.run.weights import Weights
+from lora_cli.run.weights import Onto, Weights
 from lora_cli.stored import Entry, Group
 
 SHARD = 4 * 10**9
@@ -35,6 +35,7 @@ class Rewriting:
     pieces: dict[str, Piece]
     """Parameter -> the piece that changes it."""
     shared: Shared
+    onto: Onto
     tied: bool = False
     """Whether both ends are one tensor when all is merged."""
     ready: dict[str, Tensor] = field(default_factory=dict)
@@ -45,9 +46,14 @@ class Rewriting:
     """Layer -> ‖stored − W‖ / ‖W − W0‖."""
     errors: dict[str, float] = field(default_factory=dict)
     """Layer -> ‖merged − live‖ / ‖live‖ of what it computes, before rounding."""
+    away: dict[Onto, dict[str, float]] = field(default_factory=dict)
+    """Onto which weights -> layer that was quantised in training -> how far what is stored of it is from what was
+    trained, see `inject.distance`."""
 
 
-def prepare(weights: Weights, saved: Saved, plan: Plan, dtype: torch.dtype | None) -> Rewriting:
+def prepare(
+    weights: Weights, saved: Saved, plan: Plan, dtype: torch.dtype | None, onto: Onto = "trained"
+) -> Rewriting:
     """Find out what changes.
 
     Raises:
@@ -58,7 +64,7 @@ def prepare(weights: Weights, saved: Saved, plan: Plan, dtype: torch.dtype | Non
         if name not in weights.stored.of and name not in weights.held_as:
             what = "its weight is that of another layer too, and merging one would change the other"
             raise UserError(what, where=name, code=ExitCode.MODEL)
-    work = Rewriting(weights, saved, plan, dtype, by_name, inject.shared_of(plan))
+    work = Rewriting(weights, saved, plan, dtype, by_name, inject.shared_of(plan), onto)
     work.tied = _stay_tied(work)
     return work
 
@@ -75,6 +81,9 @@ def write(work: Rewriting, folder: Path) -> dict[str, Entry]:
                 inject.rounded(block, entry.dtype, entry.name) if block.dtype != entry.dtype else block
                 for block in work.weights.stored.blocks(entry.name)
             )
+        elif group.together:
+            laid = work.weights.stored.slice_of
+            blocks = (laid(name, _value(work, name)) for name in group.parameters)
         else:
             if entry.name not in kept:
                 kept.update(_tensors(work, group))
@@ -120,11 +129,12 @@ def _in_order(work: Rewriting) -> list[Group | None]:
     of = {**stored.of, **extra}
     found: dict[int, Group] = {}
     for group in [*stored.groups, *extra.values()]:
-        found.setdefault(id(group), group)
+        # A weight before its bias: what is merged and waits for its turn is then the smaller of both.
         for name in group.parameters:
             for other in work.pieces[name].parameters if name in work.pieces else ():
                 if other in of:
                     found.setdefault(id(of[other]), of[other])
+        found.setdefault(id(group), group)
     return [*found.values(), None]
 
 
@@ -142,6 +152,9 @@ def _entries(work: Rewriting, group: Group | None) -> list[Entry]:
     stored = work.weights.stored
     if group is None:
         return [stored.entries[name] for name in stored.others]
+    if _changes(work, group) and group.together:
+        (entry,) = (stored.entries[name] for name in group.stored)
+        return [replace(entry, dtype=_dtype(work, group.parameters[0]))]
     if _changes(work, group):
         model = work.weights.language.model
         shapes = {name: model.get_parameter(name).shape for name in group.parameters}
@@ -149,7 +162,7 @@ def _entries(work: Rewriting, group: Group | None) -> list[Entry]:
             name: torch.empty(shape, dtype=_dtype(work, name), device="meta")
             for name, shape in shapes.items()
         }
-        found = _as_stored(work, group, made)
+        found = stored.as_stored(group, made)
         return [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()]
     found = [stored.entries[name] for name in group.stored]
     trained = any(name in work.weights for name in group.parameters)  # and not a buffer
@@ -159,43 +172,63 @@ def _entries(work: Rewriting, group: Group | None) -> list[Entry]:
 
 
 def _dtype(work: Rewriting, name: str) -> torch.dtype:
-    """One type for all of a piece, as a layer has one."""
-    first = work.pieces[name].parameters[0] if name in work.pieces else name
+    """One type for all of a piece, as a layer has one; an expert's parameters are parts of several tensors."""
+    alone = name in work.pieces and name not in work.weights.stored.places
+    first = work.pieces[name].parameters[0] if alone else name
     return work.dtype or work.weights.dtype(first)
 
 
 def _tensors(work: Rewriting, group: Group) -> dict[str, Tensor]:
-    return _as_stored(work, group, {name: _value(work, name) for name in group.parameters})
-
-
-def _as_stored(work: Rewriting, group: Group, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    if group.how is None:
-        return {group.stored[0]: values[group.parameters[0]]}
-    return work.weights.stored.reverted(values)
+    return work.weights.stored.as_stored(group, {name: _value(work, name) for name in group.parameters})
 
 
 def _value(work: Rewriting, name: str) -> Tensor:
     """A parameter of the merged model; the piece that it is of is merged when the first of them is asked for."""
     if name not in work.pieces:
-        W0 = work.weights.onto(name) if name in work.weights.quantised else work.weights[name]
-        return inject.rounded(W0, _dtype(work, name), name)
+        if name not in work.weights.quantised:
+            return inject.rounded(work.weights[name], _dtype(work, name), name)
+        made: dict[Onto, dict[str, Tensor]] = {o: {name: read(name)} for o, read in _ways(work).items()}
+        _measure(work, name, made)
+        return inject.rounded(made[work.onto][name], _dtype(work, name), name)
     if name not in work.ready:
         _merge(work, work.pieces[name])
     return work.ready.pop(name)
 
 
 def _merge(work: Rewriting, piece: Piece) -> None:
-    model = work.weights.language.model
-    made = merged(model, piece, work.saved, work.weights.onto, work.shared)
+    model, ways = work.weights.language.model, _ways(work)
+    made = merged(model, piece, work.saved, ways[work.onto], work.shared)
     keeps_codes = hasattr(parts.load("delta", piece.plan.method.delta.name), "KEEPS_CODES")
     for name in piece.parameters:
         stored = inject.rounded(made.after[name], _dtype(work, name), name.removesuffix(".weight"))
         work.ready[name] = stored
-        if keeps_codes:
+        if keeps_codes and work.onto == "trained":
             work.weights.compare_codes(name, stored)
         for label in (label for label, of in made.losing.items() if of == name):
             work.lost[label] = inject.lost_by(stored, made.after[name], made.before[name])
             work.errors[label] = made.error
+    for name in work.weights.quantised.intersection(piece.parameters):
+        others: dict[Onto, dict[str, Tensor]] = {
+            onto: merged(model, piece, work.saved, read, work.shared).after
+            for onto, read in ways.items()
+            if onto != work.onto
+        }
+        _measure(work, name, {work.onto: made.after, **others})
+
+
+def _ways(work: Rewriting) -> dict[Onto, Callable[[str], Tensor]]:
+    """Onto which weights -> how they are read; there are no original ones where the files hold codes."""
+    weights = work.weights
+    stored_as_codes = weights.quantised and weights.base is None
+    found: dict[Onto, Callable[[str], Tensor]] = {"trained": weights.trained}
+    return found if stored_as_codes else {**found, "original": weights.original}
+
+
+def _measure(work: Rewriting, name: str, made: Mapping[Onto, Mapping[str, Tensor]]) -> None:
+    """Note how far what is stored of a layer would be from what was trained, onto whichever weights."""
+    for onto, after in made.items():
+        stored = {key: W.to(_dtype(work, key)) for key, W in after.items()}
+        work.away.setdefault(onto, {})[name.rpartition(".")[0]] = inject.distance(stored, made["trained"])
 
 
 def _stay_tied(work: Rewriting) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +11,14 @@ from lora_cli import model as models
 from lora_cli.adapter import inject
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.plan import view_of
-from lora_cli.adapter.quantised import View
+from lora_cli.adapter.quantised import Quantised, View, layer_digest
 from lora_cli.model import LanguageModel
 from lora_cli.parts import Part
 from lora_cli.recipe.schema import ModelRecipe
 from lora_cli.stored import Stored, open_stored
+
+Onto = Literal["trained", "original"]
+"""Which weights ΔW is added to, where it was trained on a quantised base."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +33,27 @@ class Weights(Mapping[str, Tensor]):
     held_as: dict[str, str]
     """An end of the model that is not in the files -> the end that was tied to it, which is."""
     base: Part | None = None
-    """What W0 was quantised to when ΔW was trained, and is here."""
+    """What W0 was quantised to when ΔW was trained; None where it was not, or the files hold the codes."""
     quantised: frozenset[str] = frozenset()
-    """The parameters that were."""
+    """The parameters that were codes then."""
     taken: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
     """Layer -> (B, A) of what was added to them before."""
-    errors: dict[str, float] = field(default_factory=dict[str, float])
-    """Layer -> ‖W0' − W0‖ / ‖W0‖: what quantising took, of those that were asked for."""
+    codes: dict[str, str] = field(default_factory=dict[str, str])
+    """Layer -> hash of its codes, of those that were asked for."""
     recoded: dict[str, bool] = field(default_factory=dict[str, bool])
     """Layer -> whether what was written in its place, quantised again, has the codes that W0' has."""
 
-    def onto(self, name: str) -> Tensor:
-        """What ΔW is added to, float32: the base as it is stored, exactly, or as it was trained with."""
-        W, layer = self[name].float(), name.rpartition(".")[0]
-        if name not in self.quantised or self.base is None:
-            return W
-        base = self._view(layer)
-        made = inject.quantised(base, base.oriented(W), self.base, self.taken.get(layer))
-        self.errors[layer] = made.error
-        return base.oriented(View(made).weight()).contiguous()
+    def trained(self, name: str) -> Tensor:
+        """W0 that ΔW was trained on, float32: the base as it is stored, exactly, or what its codes say."""
+        if name not in self.quantised:
+            return self.original(name)
+        layer = self._coded(name)
+        self.codes[name.rpartition(".")[0]] = layer_digest(layer)
+        return layer.plain.oriented(View(layer).weight()).contiguous()
+
+    def original(self, name: str) -> Tensor:
+        """W0 as it is stored, float32."""
+        return self[name].float()
 
     def compare_codes(self, name: str, written: Tensor) -> None:
         """Note whether what is written in the place of a quantised weight still has its codes."""
@@ -55,11 +61,19 @@ class Weights(Mapping[str, Tensor]):
         if name not in self.quantised or self.base is None:
             return
         base = self._view(layer)
-        weights = (self[name], self.taken.get(layer)), (written, None)
         before, after = (
-            inject.quantised(base, base.oriented(W.float()), self.base, taken) for W, taken in weights
+            self._coded(name),
+            inject.quantised(base, base.oriented(written.float()), self.base, None),
         )
         self.recoded[layer] = torch.equal(before.get_buffer("codes"), after.get_buffer("codes"))
+
+    def _coded(self, name: str) -> Quantised:
+        """The layer that was there in training."""
+        if self.base is None:
+            return self.stored.layer(name)
+        layer = name.rpartition(".")[0]
+        base = self._view(layer)
+        return inject.quantised(base, base.oriented(self.original(name)), self.base, self.taken.get(layer))
 
     def _view(self, layer: str) -> Base:
         view = view_of(self.language.model.get_submodule(layer))
@@ -83,12 +97,19 @@ class Weights(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         """The type that it is stored in."""
-        source = self.stored.of[self.held_as.get(name, name)]
-        return self.stored.entries[source.stored[0]].dtype
+        return self.stored.dtype(self.held_as.get(name, name))
 
     def __iter__(self) -> Iterator[str]:
         """Every parameter, by all its names."""
         return (name for name, _ in self.language.model.named_parameters(remove_duplicate=False))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it is a parameter, and not a buffer; nothing is read to say so."""
+        try:
+            self.language.model.get_parameter(str(name))
+        except AttributeError:
+            return False
+        return True
 
     def __len__(self) -> int:
         """Number of them."""
@@ -115,4 +136,7 @@ def open_weights(recipe: ModelRecipe) -> Weights:
     held = [name for name in names if name in stored.of]
     old_rows = models.end_modules(stored.skeleton)[0].weight.shape[0]
     language = models.with_tokens(stored.skeleton, tokenizer, recipe)
-    return Weights(stored, language, old_rows, {name: held[0] for name in names if name not in held})
+    if recipe.split_experts:
+        stored.take_apart()
+    held_as = {name: held[0] for name in names if name not in held}
+    return Weights(stored, language, old_rows, held_as, quantised=stored.codes)

@@ -5,6 +5,7 @@ bits a weight in all. What is the same for these inputs is added to zero points 
 merged and quantised again, has the same codes and scales. Chosen by `model.quantize: int4`; no package is needed.
 """
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
@@ -32,6 +33,10 @@ class Layer(quantised.Quantised):
 
     def adopt(self, layer: nn.Module) -> NoReturn:
         """Never: bitsandbytes has no such codes."""
+        raise NotImplementedError
+
+    def unpack(self, saved: Mapping[str, Tensor]) -> NoReturn:
+        """Never, for the same reason."""
         raise NotImplementedError
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ after the start of A and B.
 """
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -31,6 +32,7 @@ class Layer(quantised.Quantised):
     nested_levels: Tensor | None
     offset: Tensor | None
     block, levels = BLOCK, "nf4"
+    beside = ("weight.",)
 
     def keep(self, codes: Tensor, absmax: Tensor, nested: Any = None, offset: Tensor | None = None) -> None:
         """Hold the codes of whole blocks, and how their largest values are quantised in turn, if they are."""
@@ -44,9 +46,26 @@ class Layer(quantised.Quantised):
     def adopt(self, layer: nn.Module) -> None:
         """Take over the codes of a Linear4bit, which may be in the levels of fp4, and its bias."""
         codes: Any = layer.weight
-        state = codes.quant_state
-        self.block, self.levels, self.bias = state.blocksize, state.quant_type, layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-        self.keep(codes.data, state.absmax, state.state2, state.offset)
+        self.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
+        self._take(codes.data, codes.quant_state)
+
+    def unpack(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over codes, and a state of which some is JSON in a tensor."""
+        about = {name.removeprefix("weight."): tensor for name, tensor in saved.items() if name != "weight"}
+        try:
+            state = _bitsandbytes().QuantState.from_dict(about, torch.device("cpu"))
+        except Exception as error:  # foreign files: it fails in many ways
+            raise ValueError(f"no state of 4-bit codes: {str(error) or type(error).__name__}") from error
+        if tuple(state.shape or ()) != (self.out_features, self.in_features) or not _is_whole(
+            saved["weight"], state
+        ):
+            raise ValueError(f"codes of another shape than {self.out_features}×{self.in_features}")
+        self._take(saved["weight"], state)
+
+    def _take(self, codes: Tensor, state: Any) -> None:
+        self.block, self.levels = state.blocksize, state.quant_type
+        # Bytes, whatever type they lie in: FSDP wants that of the other weights.
+        self.keep(codes.contiguous().view(torch.uint8), state.absmax, state.state2, state.offset)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Level times largest value, rounded to `dtype` once.
@@ -68,6 +87,21 @@ class Layer(quantised.Quantised):
 
 
 wraps, View = Layer, quantised.View
+
+
+def _is_whole(codes: Tensor, state: Any) -> bool:
+    """Whether there are as many codes and largest values, of both kinds, as the shape asks for."""
+    numbers, nested = state.shape.numel(), state.state2
+    most = numbers + state.blocksize
+    if not numbers <= 2 * codes.numel() * codes.element_size() < most:
+        return False
+    if not numbers <= state.absmax.numel() * state.blocksize < most:
+        return False
+    if nested is None:
+        return state.absmax.dtype == torch.float32
+    blocks, held = state.absmax.numel(), nested.absmax.numel() * OUTER
+    levels = nested.code.numel() == 256 and state.absmax.dtype == torch.uint8
+    return nested.blocksize == OUTER and blocks <= held < blocks + OUTER and levels
 
 
 def quantise(plain: Base, W: Tensor) -> Layer:
