@@ -284,8 +284,9 @@ class Rehearsal:
         if not rows.packed or len(rows.lengths) <= 2 or varlen.serves(self.model, self.device):
             return Tape.of(self._phases(rows, rows.lengths, chosen), len(chosen))
         tokens = sum(rows.lengths)
-        each = (self._phases(rows, lengths, chosen) for lengths in ((tokens,), cut(tokens)))
-        return Tape.of([apart(*pair, rows.lengths) for pair in zip(*each, strict=True)], len(chosen))
+        one, two = (self._phases(rows, lengths, chosen) for lengths in ((tokens,), cut(tokens)))
+        together = zip(one, two, strict=True)
+        return Tape.of([apart(a, b, rows.lengths) for a, b in together], len(chosen))
 
     def _phases(self, rows: Rows, lengths: Sequence[int], chosen: Sequence[int]) -> list[Phase]:
         """Forward and backward of one micro-batch, whose documents attend as if they had these lengths."""

@@ -44,8 +44,8 @@ class Tape:
         """
         if not blocks + 4 <= len(phases) <= 2 * blocks + 4:
             raise ValueError("its blocks do not follow one another")
-        before, forward, rest = phases[0], phases[1 : blocks + 1], phases[blocks + 1 :]
-        return cls(before, forward, *rest[:3], rest[3:])
+        norm, head, turn, *backward = phases[blocks + 1 :]
+        return cls(phases[0], phases[1 : blocks + 1], norm, head, turn, backward)
 
     def played(self, order: Sequence[int]) -> Cost:
         """What it costs to go through blocks that are like these of the tape, from the bottom."""
