@@ -50,7 +50,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "data.train_on": st.sampled_from(["completion", "assistant", "all"]),
     "data.packing": st.one_of(st.just("auto"), FLAG),
     "adapter.method": st.sampled_from(["lora", "rslora"]),
-    "adapter.r": COUNT,
+    "adapter.r": or_null(COUNT),
     "adapter.alpha": or_null(POSITIVE),
     "adapter.dropout": st.one_of(
         st.floats(0, 0.99), st.just(0), st.just("standard"), st.just({"standard": {"p": 0.5}})
@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "data.train_on": CHOICE_WRONG,
     "data.packing": FLAG_WRONG,
     "adapter.method": ("lroa", *TEXT_WRONG),
-    "adapter.r": COUNT_WRONG,
+    "adapter.r": (*COUNT_WRONG[:6], *COUNT_WRONG[7:]),
     "adapter.alpha": (0, *NUMBER_WRONG),
     "adapter.dropout": (1, 1.5, -0.1, "no_such", True, None, [0.1], {"standard": 5}),
     "adapter.target_modules": (5, True, [], [5], "a(", "", None),
