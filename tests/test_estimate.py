@@ -742,3 +742,30 @@ def test_predictions_are_near_what_the_benchmark_measured(file, dtype, workload,
     print(f"{workload} {dtype}: memory {peak / took - 1:+.1%}, speed {speed / went - 1:+.1%}")
     assert peak == pytest.approx(took, rel=0.10)
     assert speed == pytest.approx(went, rel=0.20)
+
+
+SHARED = json.loads((ROOT / "scripts/bench/results/memory-shared-amd-epyc-2-cores.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize(
+    "run", SHARED, ids=lambda run: f"{run['quantize']}-{run['processes']}-{run['model'][-4:]}"
+)
+def test_predictions_of_several_processes_and_of_quantised_bases_are_near_what_was_measured(run, tmp_path):
+    """Of scripts/bench/memory.py --shared, on which nothing was fitted: what the largest process held, within 10 %."""
+    recipe = recipe_of(
+        shapes.write("SmolLM2-135M", tmp_path),
+        {"r": run["r"]},
+        model={"name": str(tmp_path), "quantize": run["quantize"]},
+        train={"batch_size": len(run["lengths"]), "gradient_checkpointing": run["recompute"], "max_steps": 2},
+    )
+    lengths = np.array(run["lengths"])
+    known = Documents(lengths, np.floor(run["learned"] * lengths).astype(int))
+    with rehearsed(recipe, torch.bfloat16 if run["model"].endswith("bf16") else torch.float32) as found:
+        steps = steps_of(
+            known, np.arange(len(lengths)), recipe.train, packing=True, budget=768, processes=run["processes"]
+        )
+        whole = memory(found, largest(found, recipe.train, steps), devices.this_cpu())
+        here = sharded(whole, found, run["processes"])
+    held = here.peak - here.allocator  # which was told to keep nothing
+    print(f"{held / run['peak_rss_bytes'] - 1:+.1%}")
+    assert held == pytest.approx(run["peak_rss_bytes"], rel=0.10)
