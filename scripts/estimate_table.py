@@ -55,8 +55,7 @@ def rows(name: str, folder: Path) -> Iterator[str]:
             yield _line(name, way_name, found, share=adapter.get("method") != "full")
             for other, (same, bits) in WAYS.items():
                 if same == adapter and bits is not None:
-                    # What is quantised is not shared out over GPUs.
-                    yield _line(name, other, kept_in(found, bits), share=False)
+                    yield _line(name, other, kept_in(found, bits), share=True)
 
 
 def _rehearsed(config: str, adapter: dict[str, Any]) -> Any:

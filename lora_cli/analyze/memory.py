@@ -209,5 +209,4 @@ def _matrices(rehearsal: Rehearsal) -> Sequence[Tensor]:
 
 def _frozen(rehearsal: Rehearsal, block: nn.Module) -> list[Tensor]:
     """What a block has of the base, without what the adapter keeps frozen beside it."""
-    own = {id(p) for p in rehearsal.adapter.named_tensors().values()}
-    return [p for p in block.parameters() if not p.requires_grad and id(p) not in own]
+    return [p for p in block.parameters() if not p.requires_grad and id(p) not in rehearsal.tensors]

@@ -195,8 +195,9 @@ class Rehearsal:
         own = {id(p): p for p in self.model.parameters()} | {
             id(p): p for p in self.adapter.originals.values()
         }
-        tensors = {id(p) for p in self.adapter.named_tensors().values()}
-        weights = sum(p.nbytes for key, p in own.items() if key not in tensors)
+        self.tensors = {id(p) for p in self.adapter.named_tensors().values()}
+        """Those of the adapter, by their ids."""
+        weights = sum(p.nbytes for key, p in own.items() if key not in self.tensors)
         adapter = self.tally.live - weights
         trained = list(self.adapter.trainable().values())
         for p in trained:
