@@ -36,6 +36,7 @@ from lora_cli.data import load
 from lora_cli.data.load import Datasets
 from lora_cli.recipe.schema import AdapterRecipe, DataRecipe
 from lora_cli.run import prepare
+from lora_cli.screen import Screen
 from lora_cli.train.loop import train_steps
 
 HERE = Path(__file__).parent
@@ -54,7 +55,7 @@ def step_seconds(model: str, rows: int, length: int, r: int = 16) -> float:
     ids = [[chance.randrange(1000, 40000) for _ in range(length)] for _ in range(rows * STEPS)]
     examples = Rows([{"input_ids": each, "trained": [1] * length} for each in ids], SEED)
     datasets = Datasets(cast(Any, examples), None, None, cast(Any, None))
-    run = prepare.training(recipe, language, datasets, accelerator)
+    run = prepare.training(recipe, language, datasets, accelerator, Screen.silent())
     return median([report.seconds for report in train_steps(run)][1:])
 
 

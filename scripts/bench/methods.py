@@ -26,6 +26,7 @@ from lora_cli.data.load import Datasets
 from lora_cli.model import LanguageModel
 from lora_cli.recipe.schema import AdapterRecipe
 from lora_cli.run import prepare
+from lora_cli.screen import Screen
 from lora_cli.train.loop import Training, train_steps
 
 ROWS, LENGTH, LEARNED = 8, 88, 28
@@ -57,7 +58,7 @@ def training(language: LanguageModel, method: str, turns: int) -> Training:
     ids = [[chance.randrange(1000, 40000) for _ in range(LENGTH)] for _ in range(ROWS * turns)]
     rows = Rows([{"input_ids": each, "trained": trained} for each in ids], SEED)
     datasets = Datasets(cast(Any, rows), None, None, cast(Any, None))
-    run = prepare.training(recipe, language, datasets, Accelerator())
+    run = prepare.training(recipe, language, datasets, Accelerator(), Screen.silent())
     run.adapter.deactivate()
     return run
 

@@ -14,6 +14,7 @@ from lora_cli.data.load import Datasets
 from lora_cli.data.pack import epoch_order
 from lora_cli.recipe.schema import AdapterRecipe, DataRecipe, ModelRecipe, Recipe, TrainRecipe
 from lora_cli.run import prepare
+from lora_cli.screen import Screen
 from lora_cli.train.loop import Training, train_steps
 
 
@@ -59,7 +60,7 @@ def training(job: Job, rows: list[dict[str, list[int]]]) -> Training:
     accelerator = Accelerator()
     language = models.load(recipe.model, accelerator.device)
     datasets = Datasets(cast(Any, Rows(rows, SEED)), None, None, cast(Any, None))
-    run = prepare.training(recipe, language, datasets, accelerator)
+    run = prepare.training(recipe, language, datasets, accelerator, Screen.silent())
     files.fill(run.adapter, files.read(Path(job.adapter)))
     return run
 
