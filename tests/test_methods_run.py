@@ -47,6 +47,7 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "deep_lora": {"init": {"gradient_frame": {"rows": 8}}},
     "vb_lora": {"delta": {"vb_lora": {"vectors": 16, "length": 8}}},
 }
+ADAPTER |= {name: {"r": None} for name in ("ia3", "svdiff", "sam_parser", "ln_tuning", "bitfit", "full")}
 RATE = {
     "random_projection": 0.3,
     "vera": 0.1,
