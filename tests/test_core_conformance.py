@@ -207,7 +207,7 @@ def test_delta_adds_what_its_experts_do_by_the_weights_of_its_gates(delta, kind,
     count = len(made.router)
     scores = x.double() @ made.router.detach().to(dtype).double().t()
     gates = made.gates(x).double()
-    torch.testing.assert_close(gates.sum(-1), torch.ones(3, 5, dtype=torch.float64))
+    torch.testing.assert_close(gates.sum(-1), torch.ones(3, 5, dtype=torch.float64), rtol=0, atol=1e-6)
     if made.top is None:
         allowed = 1e-5 if dtype is torch.float32 else 0.1
         torch.testing.assert_close(gates, scores.softmax(-1), rtol=0, atol=allowed)

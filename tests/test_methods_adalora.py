@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lora_cli.adapter import files
+from lora_cli.adapter import budget, files
 from lora_cli.adapter.portable import saved_form
 from lora_cli.methods.rank import adalora
 from lora_cli.methods.rank.adalora import AdaLoRA
@@ -114,7 +114,7 @@ def test_the_rank_that_is_left_is_the_one_that_was_asked_for(r, hundredths):
     initial = hundredths / 100
     first = adalora.initial_r(r, initial)
     assert first >= max(r, initial * r - 1e-9)
-    assert max(int(np.floor(first / initial)), 1) == r
+    assert budget.kept(first, initial) == r
 
 
 @pytest.mark.parametrize("budget", [1, 5, 30, 84])

@@ -296,6 +296,14 @@ def test_only_the_first_components_have_a_gradient_and_frozen_only_the_last_of_t
     assert len(seen) == R
 
 
+def test_frozen_with_a_large_r_is_not_taken_for_dead():
+    """A component of A learns when its turn comes again; of 256 that is not within the steps that are watched."""
+    run = begun("dylora", {"frozen": True}, adapter={"r": 256}, train={"batch_size": 1})
+    drawn = ranks_of(run)
+    assert len(drawn) == 20
+    assert run.connected.all()
+
+
 def test_the_rank_of_a_step_is_the_same_for_all_its_micro_batches():
     run = begun("dylora", train={"batch_size": 6, "micro_batch_size": 1})
     name, layer = next(iter(run.adapter.layers.items()))

@@ -220,7 +220,7 @@ def test_export_as_plain_lora_and_merging_compute_the_same(method, kind, tmp_pat
     assert exact is not None
     assert {spec.r for spec in exact.plan.layers} <= {R, 2}
     with inject.without_adapters(run.adapter):
-        files.write(tmp_path, exact, run.model, "the/base", None, ())
+        files.write(tmp_path, exact, run.model, "the/base", None, (), None)
     original = tiny.model(kind)
     put_on(original, tmp_path)
     assert distance(logits(original, x), live) < 1e-5

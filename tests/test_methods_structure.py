@@ -334,7 +334,7 @@ def test_what_loha_saves_is_its_four_factors_and_export_as_lora_computes_the_sam
     assert {spec.r for spec in exact.plan.layers} == {4}
     loaded.deactivate()
     (tmp_path / "lora").mkdir()
-    files.write(tmp_path / "lora", exact, original, "the/base", None, ())
+    files.write(tmp_path / "lora", exact, original, "the/base", None, (), None)
     put_on(original, tmp_path / "lora")
     assert distance(original(x).logits, live) < 1e-5
 

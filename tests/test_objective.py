@@ -291,8 +291,8 @@ def test_one_block_that_is_detached_is_noticed_in_a_short_run_too(bench, tiny_fo
     )
     real = prepare.inject
 
-    def detached(model: Any, *arguments: Any) -> Any:
-        made = real(model, *arguments)
+    def detached(model: Any, *arguments: Any, **settings: Any) -> Any:
+        made = real(model, *arguments, **settings)
         model.model.layers[1].register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
         return made
 

@@ -115,7 +115,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "model.quantize": (
         Case("adapter", "nf4"),
         Case("refused", "none", {"adapter.method": "qlora"}, "would be lora"),
-        Case("refused", "int8", {"adapter.lifecycle": "restart", "train.max_steps": 6}, "quantized"),
+        Case("refused", "int8", {"adapter.lifecycle": "restart", "train.max_steps": 6}, "quantise"),
     ),
     "model.attention": (Case("screen", "eager"), Case("adapter", "eager", {"data.packing": False})),
     "model.add_tokens": Case("adapter", ["<|think|>"]),

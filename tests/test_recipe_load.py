@@ -97,7 +97,7 @@ def test_errors_stand_in_the_order_of_the_file(folder: Path) -> None:
 def test_the_wording_is_for_people(folder: Path) -> None:
     text = BASE + "adapter:\n  r: eight\n  alpha: '8'\n  lora_bias: yes\nmodle: 1\n"
     assert refusal(folder, text) == (
-        "r.yaml:5: adapter.r: expected a whole number ≥ 1, got 'eight'\n"
+        "r.yaml:5: adapter.r: expected a whole number ≥ 1, or null, got 'eight'\n"
         "r.yaml:6: adapter.alpha: expected a number > 0, or null, got '8'\n  → write 8, without quotes\n"
         "r.yaml:7: adapter.lora_bias: expected true or false, got 'yes'\n  → write true\n"
         "r.yaml:8: unknown key 'modle'\n  → did you mean 'model'?"

@@ -154,7 +154,7 @@ def test_translations_name_keys_that_exist() -> None:
         ("adapter: {r: 1_6}", "write 16, without quotes"),
         ("adapter: {alpha: '1e-4'}", "write 0.0001, without quotes"),
         ("adapter: {layers: 3}", "write [3]"),
-        ("adapter: {r: null}", "leave the key out"),
+        ("train: {batch_size: null}", "leave the key out"),
         ("eval: {references: {text}}", "put quotes around it"),
         ("output: {dir: ''}", "write something between the quotes"),
         ("adapter: {target_modules: 'q('}", "not a regular expression"),

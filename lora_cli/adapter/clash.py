@@ -52,9 +52,10 @@ def missing(method: Method, axis: str, name: str, fact: str, reason: str) -> Use
     if first in KEYS or other not in parts.AXES:
         fix = KEYS[first][1] if first in KEYS else f"set adapter.{first}"
         return UserError(f"needs {fact}: {reason}", where=where, fix=fix)
-    standing = method.chosen()[other]
+    standing = method.chosen().get(other, ())
     words = " and ".join(_words(method, other, part.name) for part in standing)
-    by = _by(method, other, standing[0].name) if standing else "default"
+    taken_back: Chooser = "recipe" if other in PRESETS[method.name].parts else "default"
+    by = _by(method, other, standing[0].name) if standing else taken_back
     fix = _way_out(method, axis, name, _key(other), by, wanted)
     instead = f", not {words}" if words else ""
     return UserError(f"needs {fact}{instead}: {reason}", where=where, fix=fix, beside=words)

@@ -284,9 +284,15 @@ def _penalise(run: Training) -> None:
 def _finished(run: Training, loss: Tensor, rate: float) -> tuple[float, float]:
     """Let the parts have their say; returns the loss and the norm of the gradients."""
     run.scaler.unscale_(run.optimizer)
+    watched = run.step < WATCHED_STEPS and rate != 0
+    if watched:
+        _note_gradients(
+            run
+        )  # some parts take gradients back (DyLoRA), others make them (the optimizer's view)
     for lifecycle in run.lifecycles:
         lifecycle.gradients(run)
-    _watch(run, rate)
+    if watched:
+        _watch(run)
     gradients = [p.grad for p in run.trained.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     both = torch.stack([loss.float(), norm.float().to(loss.device)]).tolist()  # the step's only wait
@@ -344,17 +350,21 @@ def _update(run: Training, grad_norm: float) -> None:
     run.skipped += not math.isfinite(grad_norm)
 
 
-def _watch(run: Training, rate: float) -> None:
+def _watch(run: Training) -> None:
     """Remember which tensors have had a gradient, or were held back; complain when some never had one."""
-    if run.step >= WATCHED_STEPS or rate == 0:
-        return
-    gradients = [run.trained[name].grad if name in run.trained else None for name in run.watched]
-    norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None])
-    held_back = torch.tensor([g is None for g in gradients])
-    run.connected[~held_back] |= (norms != 0).cpu()
-    run.connected |= held_back
+    run.connected |= _note_gradients(run)
     if run.step + 1 == WATCHED_STEPS:
         _check_connected(run, WATCHED_STEPS)
+
+
+def _note_gradients(run: Training) -> Tensor:
+    """Remember which tensors have a gradient now; returns which of the watched ones have none to look at."""
+    gradients = [run.trained[name].grad if name in run.trained else None for name in run.watched]
+    norms = [torch.linalg.vector_norm(g) for g in gradients if g is not None]
+    missing = torch.tensor([g is None for g in gradients])
+    if norms:
+        run.connected[~missing] |= (torch.stack(norms) != 0).cpu()
+    return missing
 
 
 def _check_connected(run: Training, steps: int) -> None:
