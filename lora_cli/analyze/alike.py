@@ -1,8 +1,8 @@
 """Blocks that are alike cost alike: which of them have to be looked at for all to be known.
 
 What a block adds depends on what it is and on what it follows, so of a word of blocks that comes again and again (one
-block in most models, six in Gemma 3) three copies are kept: the first, the last, and one between them that stands for
-all others.
+block in most models, six in Gemma 3) four copies are kept: the first two, the last, and one between them that stands
+for all others. Two, because what a block has read is let go of only in the next one, where nothing is kept.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -35,25 +35,25 @@ def stand_ins(kinds: Sequence[Hashable]) -> list[int]:
     stand_in = list(range(len(kinds)))
     left = list(stand_in)
     width = 1
-    while 4 * width <= len(left):
+    while 5 * width <= len(left):
         at = _again(kinds, left, width)
         if at is None:
             width += 1
             continue
-        # The third of four copies is dropped: what was there is as in the second.
-        second, third = left[at + width : at + 2 * width], left[at + 2 * width : at + 3 * width]
-        other = dict(zip(third, second, strict=True))
+        # The fourth of five copies is dropped: what was there is as in the third.
+        third, fourth = left[at + 2 * width : at + 3 * width], left[at + 3 * width : at + 4 * width]
+        other = dict(zip(fourth, third, strict=True))
         stand_in = [other.get(index, index) for index in stand_in]
-        del left[at + 2 * width : at + 3 * width]
+        del left[at + 3 * width : at + 4 * width]
     return stand_in
 
 
 def _again(kinds: Sequence[Hashable], left: Sequence[int], width: int) -> int | None:
-    """Where four copies of a word of this width begin, one behind the other."""
+    """Where five copies of a word of this width begin, one behind the other."""
     same = [kinds[a] == kinds[b] for a, b in zip(left, left[width:], strict=False)]
     run = 0
     for at, each in enumerate(same):
         run = run + 1 if each else 0
-        if run == 3 * width:
+        if run == 4 * width:
             return at + 1 - run
     return None
