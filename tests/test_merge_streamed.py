@@ -99,7 +99,8 @@ def test_every_method_gives_the_same_bits_layer_by_layer_as_the_whole_model_at_o
     kind = random.choice(["float32", "bfloat16", "float16"])
     dtype = random.choice([None, "float32", "bfloat16", "float16"])
     # LongLoRA trains the embeddings, which a model with tied ends has to be asked for.
-    kinds = {"longlora": ["llama", "qwen2"], "bitfit": ["gpt2", "qwen2"]}  # Llama's layers have no biases
+    named = ["llama", "qwen2"]  # ALoRA's settings name layers of theirs; Llama's have no biases
+    kinds = {"longlora": named, "alora": named, "bitfit": ["gpt2", "qwen2"]}
     model = tiny.model(random.choice(kinds.get(method, ["llama", "gpt2", "qwen2"])))
     save_base(tmp_path, model, kind)
     save_adapter(tmp_path, planned(model.float(), method=method, **ADAPTER.get(method, {})))
