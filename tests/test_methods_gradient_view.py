@@ -596,9 +596,8 @@ def test_the_first_step_of_galore_is_a_quarter_of_adam_on_the_projected_gradient
         P = run.adapter.deltas[name].get_parameter("B").detach().double()
         projected = 0.25 * P.t() @ G[name]  # Adam divides the factor out, but for its epsilon
         expected = -rate * 0.25 * P @ (projected / (projected.abs() + 1e-8))
-        assert distance(W - W0[name], expected) <= 5e-2, (
-            name
-        )  # Adam enlarges what rounding makes of a gradient near zero
+        # Adam enlarges what rounding makes of a gradient near zero.
+        assert distance(W - W0[name], expected) <= 5e-2, name
 
 
 def test_galore_of_full_rank_is_adam_in_a_rotated_basis():
