@@ -625,4 +625,4 @@ def test_galore_of_full_rank_is_adam_in_a_rotated_basis():
     W0 = originals(run)
     list(loop.train_steps(run))
     for name, W in weights(run).items():
-        assert distance(W - W0[name], expected[name] - W0[name]) <= 1e-2, name
+        assert distance(W - W0[name], expected[name] - W0[name]) <= 5e-2, name
