@@ -32,12 +32,12 @@ class Layer(quantised.Quantised):
         self.register_buffer("zero", zero)
 
     def adopt(self, layer: nn.Module) -> NoReturn:
-        """Never: bitsandbytes has no such codes."""
-        raise NotImplementedError
+        """Never asked for: bitsandbytes stores no such codes."""
+        raise AssertionError("a layer of bitsandbytes in int4")
 
     def unpack(self, saved: Mapping[str, Tensor]) -> NoReturn:
-        """Never, for the same reason."""
-        raise NotImplementedError
+        """Never asked for, for the same reason."""
+        raise AssertionError("files of bitsandbytes in int4")
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Scale times code, which float32 holds exactly, plus zero point, rounded to `dtype`."""
