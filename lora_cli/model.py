@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -19,9 +20,10 @@ from transformers.utils.hub import cached_file
 from lora_cli import experts, packed, parts
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends
-from lora_cli.adapter.quantised import Quantised
+from lora_cli.adapter.quantised import Quantised, Readable
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.recipe.schema import ModelRecipe
+from lora_cli.tensors import headers
 
 READ = (
     "*.safetensors", "*.bin", "*.model", "*.jinja", "config.json", "token*", "vocab*", "merges*", "*tokens*.json"
@@ -80,8 +82,9 @@ def skeleton(recipe: ModelRecipe, device: str = "meta", **settings: Any) -> PreT
         settings: of transformers' `from_config`, such as `dtype`.
     """
     config = _config(recipe)
-    skeleton = _without_weights(recipe, config, device, **settings)
-    packed.pretend(skeleton, config)
+    skeleton, form = _without_weights(recipe, config, device, **settings), packed.form_of(config)
+    if form is not None:
+        packed.pretend(skeleton, form)
     return skeleton
 
 
@@ -91,7 +94,7 @@ def is_packed(recipe: ModelRecipe) -> bool:
     Raises:
         UserError: there is no such model, or it is none that can be adapted.
     """
-    return packed.format_of(_config(recipe)) is not None
+    return packed.form_of(_config(recipe)) is not None
 
 
 def plain_skeleton(recipe: ModelRecipe) -> PreTrainedModel:
@@ -259,12 +262,12 @@ def _config(recipe: ModelRecipe) -> Any:
     reason = _not_a_language_model(config)
     if reason:
         raise UserError(f"{recipe.name} is {reason}", where="model.name", fix=SCOPE, code=ExitCode.MODEL)
-    stored = packed.format_of(config)
-    if stored is not None and recipe.quantize not in (None, "none"):
-        what = f"{recipe.name} is stored in {stored} already"
+    form = packed.form_of(config)
+    if form is not None and recipe.quantize not in (None, "none"):
+        what = f"{recipe.name} is stored in {form.part} already"
         raise UserError(what, where="model.quantize", fix="leave it out, or set none", code=ExitCode.MODEL)
-    if stored is not None:
-        packed.require(recipe.name)
+    if form is not None:
+        packed.require(recipe.name, form)
     return config
 
 
@@ -298,8 +301,9 @@ def _not_a_language_model(config: Any) -> str | None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"{kind}, which does not predict the next token"
     stored = packed.method_of(config)
-    if stored is not None and packed.format_of(config) is None:
-        return f"{kind}, stored quantised ({stored}); of such models only those of bitsandbytes are read"
+    if stored is not None and packed.form_of(config) is None:
+        known = ", ".join(packed.readable())
+        return f"{kind}, stored quantised ({stored}); what is read is described by `lora methods`: {known}"
     code = (getattr(config, f"_{part}_implementation", None) for part in ("attn", "experts"))
     if any("/" in str(name) for name in code):
         return f"{kind}, which computes with code from the Hub"
@@ -362,6 +366,19 @@ def _file(recipe: ModelRecipe, name: str) -> Path | None:
 
 def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
     _refuse_pickles(recipe)
+    form = packed.form_of(_config(recipe))
+    if form is not None:
+        return _packed(recipe, dtype, form).eval()
+    model = _loaded(recipe, dtype)
+    try:
+        packed.refuse_unsaid({name: entry.dtype for name, entry in headers(weight_files(recipe))[0].items()})
+    except ValueError as error:
+        raise missing(recipe, str(error)) from error
+    return model.eval()
+
+
+def _loaded(recipe: ModelRecipe, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
+    """By transformers, whose settings `more` are."""
     attention = {} if recipe.attention == "auto" else {"attn_implementation": recipe.attention}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -372,6 +389,7 @@ def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
             **attention,
+            **more,
         )
     except Exception as error:  # as above
         raise missing(recipe, _first_line(error)) from error
@@ -379,9 +397,33 @@ def _weights(recipe: ModelRecipe, dtype: torch.dtype) -> PreTrainedModel:
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise missing(recipe, f"{len(info['missing_keys'])} weights are missing, such as {first}")
-    if packed.format_of(model.config) is not None:
-        packed.adopt(model, _without_weights(recipe, _config(recipe)))
-    return model.eval()
+    return model
+
+
+def _packed(recipe: ModelRecipe, dtype: torch.dtype, form: packed.Form) -> PreTrainedModel:
+    """A model with layers in codes; besides these one layer at a time is in memory."""
+    config = _config(recipe)
+    plain = _without_weights(recipe, config)
+    try:
+        entries, files = headers(weight_files(recipe))
+        layers = packed.layers(form, plain, {name: entry.dtype for name, entry in entries.items()})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise missing(recipe, _first_line(error)) from error
+    vacant: Any = packed.Vacancies(tuple(layers))
+    model = _loaded(recipe, dtype, config=packed.unpacked(config), quantization_config=vacant)
+
+    def read(name: str, stored: Sequence[str]) -> Readable:
+        try:
+            layer = packed.read(
+                form, plain.get_submodule(name), stored, lambda each: files[each].get_tensor(each)
+            )
+        except (SafetensorError, OSError, ValueError) as error:
+            raise missing(recipe, f"{stored[0]}: {_first_line(error)}") from error
+        layer.dtype = dtype
+        return layer
+
+    packed.occupy(model, ((name, read(name, stored)) for name, stored in layers.items()))
+    return model
 
 
 def missing(recipe: ModelRecipe, reason: str) -> UserError:
@@ -415,6 +457,9 @@ def _grow(model: PreTrainedModel, tokenizer: Any, tokens: tuple[str, ...]) -> tu
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known:
         raise UserError(f"'{known[0]}' is in the vocabulary already", where="model.add_tokens")
+    if any(isinstance(end, Quantised) for end in end_modules(model)):
+        what = "the output head is stored in codes, which have no room for new rows"
+        raise UserError(what, where="model.add_tokens", fix="leave it out", code=ExitCode.MODEL)
     tokenizer.add_tokens(list(tokens))
     ids = tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
     old = end_modules(model)[0].weight.shape[0]

@@ -2,21 +2,20 @@
 
 The names in the files are not always those of the parameters, and a parameter may be made of several tensors (experts
 that are fused when they are loaded). transformers knows how; its tables are asked, in both directions. Where the files
-hold codes of bitsandbytes, a parameter is what they are multiplied out to.
+hold codes, a parameter is what they are multiplied out to.
 """
 
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -34,30 +33,11 @@ from lora_cli import model as models
 from lora_cli.adapter.quantised import Quantised
 from lora_cli.experts import Place, places
 from lora_cli.recipe.schema import ModelRecipe
+from lora_cli.tensors import KINDS, Entry, headers
 
-KINDS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""Types in a safetensors header."""
 NAMES = {kind: name for name, kind in KINDS.items()}
 BLOCK = 1 << 24
 """Bytes that are read and written at a time."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -70,8 +50,8 @@ class Group:
     """None where only the name changes, if anything does."""
     patterns: tuple[str, ...] = ()
     """Of `how`, which of its patterns each stored name matched."""
-    codes: str | None = None
-    """Which of our quantised layers the tensors are one of, the codes first; None where they are the numbers."""
+    codes: packed.Form | None = None
+    """How the tensors, the codes first, are those of a quantised layer; None where they are the numbers."""
 
     @property
     def together(self) -> bool:
@@ -156,6 +136,8 @@ class Stored:
     def as_stored(self, group: Group, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of a group -> its tensors; of what were codes, one with all numbers."""
         name = group.parameters[0]
+        if group.codes is not None:
+            return {f"{group.stored[0].rpartition('.')[0]}.weight": values[name]}
         if group.how is None:
             return {group.stored[0]: values[name]}
         if name not in self.places:
@@ -198,12 +180,10 @@ class Stored:
 
     def layer(self, name: str) -> Quantised:
         """The layer around a parameter that the files hold as codes."""
-        group, (owner, _, _) = self.of[name], name.rpartition(".")
+        group, plain = self.of[name], self.skeleton.get_submodule(name.rpartition(".")[0])
         assert group.codes is not None, "the caller asks `codes`"
-        inside = len(group.stored[0].removesuffix("weight"))
         try:
-            saved = {each[inside:]: self.tensor(each) for each in group.stored}
-            return packed.read(group.codes, self.skeleton.get_submodule(owner), saved)
+            return packed.read(group.codes, plain, group.stored, self.tensor)
         except ValueError as error:
             raise models.missing(self.recipe, f"{group.stored[0]}: {error}") from error
 
@@ -215,17 +195,10 @@ def open_stored(recipe: ModelRecipe) -> Stored:
         UserError: the model is missing, damaged, or not complete.
     """
     skeleton = models.plain_skeleton(recipe)
-    entries: dict[str, Entry] = {}
-    files: dict[str, Any] = {}
-    for path in models.weight_files(recipe):
-        with _damage(recipe):
-            # Not mapped: what is read through a map stays in memory, as long as the system sees fit.
-            file = safe_open(path, framework="pt", backend="pread")
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                about = file.get_slice(name)
-                entries[name] = Entry(name, _kind(recipe, name, about.get_dtype()), tuple(about.get_shape()))
-                files[name] = file
-    groups, others = _with_codes(skeleton.config, entries, *_groups(recipe, skeleton, entries))
+    with _damage(recipe):
+        entries, files = headers(models.weight_files(recipe))
+        coded = _coded(skeleton, entries)
+    groups, others = _groups(recipe, skeleton, entries, coded)
     packed.forget(skeleton.config)
     multiplied = models.DTYPES[models.dtype_on_disk(recipe)]
     stored = Stored(recipe, skeleton, multiplied, entries, groups, others, files)
@@ -235,17 +208,11 @@ def open_stored(recipe: ModelRecipe) -> Stored:
     return stored
 
 
-def _kind(recipe: ModelRecipe, name: str, kind: str) -> torch.dtype:
-    if kind not in KINDS:
-        raise models.missing(recipe, f"{name} is stored as {kind}, which is not known")
-    return KINDS[kind]
-
-
 @contextmanager
 def _damage(recipe: ModelRecipe) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise models.missing(recipe, str(error).splitlines()[0]) from error
 
 
@@ -253,9 +220,9 @@ def _damage(recipe: ModelRecipe) -> Iterator[None]:
 
 
 def _groups(
-    recipe: ModelRecipe, skeleton: PreTrainedModel, entries: Mapping[str, Entry]
+    recipe: ModelRecipe, skeleton: PreTrainedModel, entries: Mapping[str, Entry], coded: Sequence[Group]
 ) -> tuple[list[Group], list[str]]:
-    """Which tensors become which parameters, as `from_pretrained` finds it."""
+    """Which tensors become which parameters, as `from_pretrained` finds it; of the `coded` ones that is known."""
     known = skeleton.state_dict()
     conversions = get_model_conversion_mapping(skeleton)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
@@ -263,7 +230,8 @@ def _groups(
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     found: dict[str, list[tuple[str, str | None]]] = {}
     others: list[str] = []
-    for name in sorted(entries, key=dot_natural_key):
+    used = {name for group in coded for name in group.stored}
+    for name in sorted(entries.keys() - used, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, known)
         if target not in known and name in known:  # it has its final name already
             target, pattern = rename_source_key(name, [], [], skeleton.base_model_prefix, known)
@@ -271,9 +239,9 @@ def _groups(
             found.setdefault(target, []).append((name, pattern))
         else:
             others.append(name)
-    used = [each for each in conversions if each.was_used()]
-    skeleton._weight_conversions = used  # pyright: ignore[reportArgumentType] (read by revert_weight_conversion)
-    groups: list[Group] = []
+    applied = [each for each in conversions if each.was_used()]
+    skeleton._weight_conversions = applied  # pyright: ignore[reportArgumentType] (read by revert_weight_conversion)
+    groups = [*coded]
     for target, sources in found.items():
         names, patterns = (tuple(column) for column in zip(*sources, strict=True))
         if patterns[0] is None:
@@ -288,18 +256,13 @@ def _groups(
     return sorted(groups, key=lambda group: order[group.stored[0]]), others
 
 
-def _with_codes(
-    config: Any, entries: Mapping[str, Entry], groups: list[Group], others: list[str]
-) -> tuple[list[Group], list[str]]:
-    """Put the tensors that belong to codes beside these."""
-    found: list[Group] = []
-    for group in groups:
-        beside = () if group.how is not None else packed.beside(config, group.stored[0], entries)
-        if beside:
-            group = replace(group, stored=group.stored + beside, codes=packed.format_of(config))
-        found.append(group)
-    used = {name for group in found for name in group.stored}
-    return found, [name for name in others if name not in used]
+def _coded(skeleton: PreTrainedModel, entries: Mapping[str, Entry]) -> list[Group]:
+    """What the files hold as codes."""
+    form = packed.form_of(skeleton.config)
+    if form is None:
+        return []
+    layers = packed.layers(form, skeleton, {name: entry.dtype for name, entry in entries.items()})
+    return [Group(names, (f"{layer}.weight",), None, codes=form) for layer, names in layers.items()]
 
 
 def _forward(

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lora_cli.adapter.base import SIGNS, Base, signs
+from lora_cli.adapter.fused import narrow
 from lora_cli.errors import ExitCode, UserError
 
 GROUP = 32
@@ -31,8 +32,6 @@ class Quantised(nn.Module, ABC):
     """y = W0'·x + b. A subclass keeps the codes in buffers, and multiplies them out."""
 
     bias: nn.Parameter | None
-    beside: ClassVar[tuple[str, ...]]
-    """What the names of the tensors begin with that transformers saves of a layer beside its `weight`."""
 
     def __init__(self, plain: Base) -> None:
         """Empty codes in the place of a plain layer: its shapes, its bias, its kind, but not its weight."""
@@ -70,18 +69,6 @@ class Quantised(nn.Module, ABC):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Multiply the codes out: dq(Q) [out, in]."""
 
-    @abstractmethod
-    def adopt(self, layer: nn.Module) -> None:
-        """Take over codes and bias of a layer of bitsandbytes, which is asked for where that has the format."""
-
-    @abstractmethod
-    def unpack(self, saved: Mapping[str, Tensor]) -> None:
-        """Take over what transformers saved of a layer of bitsandbytes: `weight`, and what is `beside` it.
-
-        Raises:
-            ValueError: those are no codes for a layer of this shape.
-        """
-
     def forward(self, x: Tensor) -> Tensor:
         """W0'·x + b."""
         y = self.without_taken(x)
@@ -102,6 +89,28 @@ class Quantised(nn.Module, ABC):
     def weight(self) -> Tensor:
         """W0' for model code that asks; computed anew each time."""
         return View(self).weight().to(self.dtype)
+
+
+class Readable(Quantised):
+    """One whose codes others store in files."""
+
+    named: ClassVar[str] = "weight"
+    """What its codes are called there, behind the name of the layer."""
+    beside: ClassVar[tuple[str, ...]]
+    """What the names of what belongs to them begin with. Where there is nothing of it, there are no codes."""
+
+    @abstractmethod
+    def unpack(self, saved: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
+        """Take over what was saved of a layer.
+
+        Args:
+            saved: tensors by their names in the layer.
+            stored: what the config says of the codes of all layers.
+
+        Raises:
+            KeyError: with the name of a tensor that is missing.
+            ValueError: those are no codes for a layer of this shape.
+        """
 
 
 class _Product(torch.autograd.Function):
@@ -126,7 +135,7 @@ _apply: Any = _Product.apply
 class View(Base):
     """W0' of a quantised layer."""
 
-    project = staticmethod(F.linear)
+    project = staticmethod(narrow)
 
     def __init__(self, module: Quantised) -> None:
         """Look at `module`; nothing is copied."""

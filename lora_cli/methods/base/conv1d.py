@@ -1,10 +1,10 @@
 """conv1d: the Conv1D of GPT-2 in transformers, a linear layer stored as [in, out]."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapter.base import Base
+from lora_cli.adapter.fused import narrow
 
 wraps = Conv1D
 
@@ -12,7 +12,7 @@ wraps = Conv1D
 class View(Base):
     """W0 of a Conv1D: its weight transposed."""
 
-    project = staticmethod(F.linear)
+    project = staticmethod(narrow)
 
     def __init__(self, module: Conv1D) -> None:
         """Look at `module`; nothing is copied."""

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_cli.adapter.base import Base
+from lora_cli.adapter.fused import narrow
 
 
 class ExpertLinear(nn.Module):
@@ -26,7 +27,7 @@ wraps = ExpertLinear
 class View(Base):
     """W0 of one matrix of one expert."""
 
-    project = staticmethod(F.linear)
+    project = staticmethod(narrow)
 
     def __init__(self, module: ExpertLinear) -> None:
         """Look at `module`; nothing is copied."""

@@ -5,11 +5,8 @@ bits a weight in all. What is the same for these inputs is added to zero points 
 merged and quantised again, has the same codes and scales. Chosen by `model.quantize: int4`; no package is needed.
 """
 
-from collections.abc import Mapping
-from typing import NoReturn
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_cli.adapter import quantised
 from lora_cli.adapter.base import Base
@@ -30,14 +27,6 @@ class Layer(quantised.Quantised):
         self.register_buffer("codes", codes[..., ::2] << 4 | codes[..., 1::2])
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
-
-    def adopt(self, layer: nn.Module) -> NoReturn:
-        """Never asked for: bitsandbytes stores no such codes."""
-        raise AssertionError("a layer of bitsandbytes in int4")
-
-    def unpack(self, saved: Mapping[str, Tensor]) -> NoReturn:
-        """Never asked for, for the same reason."""
-        raise AssertionError("files of bitsandbytes in int4")
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Scale times code, which float32 holds exactly, plus zero point, rounded to `dtype`."""

@@ -5,9 +5,10 @@ no package is needed. Chosen by `model.quantize: int8`: twice the memory of nf4,
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_cli.adapter import quantised
 from lora_cli.adapter.base import Base
@@ -15,7 +16,7 @@ from lora_cli.adapter.base import Base
 LARGEST = 127
 
 
-class Layer(quantised.Quantised):
+class Layer(quantised.Readable):
     """Codes [out, in], and the largest value of each row [out]."""
 
     codes: Tensor
@@ -27,12 +28,7 @@ class Layer(quantised.Quantised):
         self.register_buffer("codes", codes.detach().contiguous())
         self.register_buffer("absmax", absmax.detach().float())
 
-    def adopt(self, layer: nn.Module) -> None:
-        """Take over the codes of a Linear8bitLt, and its bias."""
-        self.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-        self.keep(layer.weight.data, layer.weight.SCB)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-
-    def unpack(self, saved: Mapping[str, Tensor]) -> None:
+    def unpack(self, saved: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
         """Take over codes row by row, the only order that bitsandbytes still writes."""
         codes, absmax, order = saved["weight"], saved["SCB"], saved.get("weight_format")
         shape = (self.out_features, self.in_features)
@@ -48,6 +44,11 @@ class Layer(quantised.Quantised):
 
 
 wraps, View = Layer, quantised.View
+
+
+def reads(stored: Mapping[str, Any]) -> bool:
+    """What bitsandbytes stores in 8 bits."""
+    return stored.get("quant_method") == "bitsandbytes" and bool(stored.get("load_in_8bit"))
 
 
 def quantise(plain: Base, W: Tensor) -> Layer:

@@ -1,9 +1,9 @@
 """linear: torch.nn.Linear, stored as [out, in]."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_cli.adapter.base import Base
+from lora_cli.adapter.fused import narrow
 
 wraps = nn.Linear
 
@@ -11,7 +11,7 @@ wraps = nn.Linear
 class View(Base):
     """W0 of an nn.Linear."""
 
-    project = staticmethod(F.linear)
+    project = staticmethod(narrow)
 
     def __init__(self, module: nn.Linear) -> None:
         """Look at `module`; nothing is copied."""

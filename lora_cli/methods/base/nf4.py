@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from lora_cli.adapter import quantised
@@ -23,7 +23,7 @@ BLOCK, OUTER = 64, 256
 """Weights that share a largest value; largest values that share one."""
 
 
-class Layer(quantised.Quantised):
+class Layer(quantised.Readable):
     """Codes, two to a byte; per block a largest value in 8 bits, and of these again one in 32."""
 
     codes: Tensor
@@ -43,14 +43,8 @@ class Layer(quantised.Quantised):
         self.register_buffer("nested_levels", nested and nested.code)
         self.register_buffer("offset", offset)
 
-    def adopt(self, layer: nn.Module) -> None:
-        """Take over the codes of a Linear4bit, which may be in the levels of fp4, and its bias."""
-        codes: Any = layer.weight
-        self.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-        self._take(codes.data, codes.quant_state)
-
-    def unpack(self, saved: Mapping[str, Tensor]) -> None:
-        """Take over codes, and a state of which some is JSON in a tensor."""
+    def unpack(self, saved: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
+        """Take over codes, which may be in the levels of fp4, and a state of which some is JSON in a tensor."""
         about = {name.removeprefix("weight."): tensor for name, tensor in saved.items() if name != "weight"}
         try:
             state = _bitsandbytes().QuantState.from_dict(about, torch.device("cpu"))
@@ -60,12 +54,9 @@ class Layer(quantised.Quantised):
             saved["weight"], state
         ):
             raise ValueError(f"codes of another shape than {self.out_features}×{self.in_features}")
-        self._take(saved["weight"], state)
-
-    def _take(self, codes: Tensor, state: Any) -> None:
         self.block, self.levels = state.blocksize, state.quant_type
         # Bytes, whatever type they lie in: FSDP wants that of the other weights.
-        self.keep(codes.contiguous().view(torch.uint8), state.absmax, state.state2, state.offset)
+        self.keep(saved["weight"].contiguous().view(torch.uint8), state.absmax, state.state2, state.offset)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Level times largest value, rounded to `dtype` once.
@@ -102,6 +93,11 @@ def _is_whole(codes: Tensor, state: Any) -> bool:
     blocks, held = state.absmax.numel(), nested.absmax.numel() * OUTER
     levels = nested.code.numel() == 256 and state.absmax.dtype == torch.uint8
     return nested.blocksize == OUTER and blocks <= held < blocks + OUTER and levels
+
+
+def reads(stored: Mapping[str, Any]) -> bool:
+    """What bitsandbytes stores in 4 bits."""
+    return stored.get("quant_method") == "bitsandbytes" and bool(stored.get("load_in_4bit"))
 
 
 def quantise(plain: Base, W: Tensor) -> Layer:
