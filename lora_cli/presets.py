@@ -96,15 +96,15 @@ PRESETS: dict[str, Preset] = {
     "lq_lora": Preset(
         title="LQ-LoRA: W0 as a quantised matrix and a thin one, which trains",
         paper="arXiv:2311.12023",
-        when="As loftq. The thin matrix is taken off W0 first and the rest is quantised; without the paper's choice of "
-        "bits by layer.",
+        when="As loftq. The thin matrix is taken off W0 first and the rest is quantised. With `model: {quantize: nf, "
+        "bits: 2.75}` each layer gets its own bits, as in the paper; without, all have 4.",
         parts={"base": Part(name="nf4"), "init": Part(name="lq")},
     ),
     "lq_lora_fisher": Preset(
         title="LQ-LoRA whose thin matrix makes up first for what the loss feels most",
         paper="arXiv:2311.12023",
         when="As lq_lora, when the rows that are trained on are like those that matter: 32 of them are looked at "
-        "before the first step, with a gradient of every W.",
+        "before the first step, with a gradient of every W. With `model.bits` the choice of bits counts them, too.",
         parts={"base": Part(name="nf4"), "init": Part(name="lq_fisher")},
     ),
     "qa_lora": Preset(

@@ -315,7 +315,11 @@ def test_what_holds_no_adapter_has_nothing_to_merge(tmp_path):
 def test_an_adapter_of_a_base_that_is_gone_says_which(tmp_path):
     on_disk(tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
-    assert str(tmp_path / "base") in str(refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.MODEL))
+    error = refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.MODEL)
+    assert str(tmp_path / "base") in error.what
+    assert error.where == str(tmp_path / "adapter" / files.CONFIG)
+    gone = str(tmp_path / "base")
+    assert refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.MODEL, base=gone).where == "--base"
     merge(tmp_path / "adapter", tmp_path / "merged", None, SCREEN, base=str(tmp_path / "moved"))
 
 

@@ -359,3 +359,18 @@ def test_without_bitsandbytes_the_original_weights_are_merged_onto_all_the_same(
     assert (tmp_path / "with" / weights).read_bytes() == (tmp_path / "without" / weights).read_bytes()
     error = refused(tmp_path / "adapter", tmp_path / "merged", ExitCode.MODEL)
     assert "bitsandbytes, which is not installed" in str(error)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "nf", "int4"])
+@pytest.mark.parametrize(("files_in", "loaded"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_codes_are_those_of_what_was_loaded_whatever_the_files_hold(tmp_path, quantize, files_in, loaded):
+    """As a model in float16 is on a GPU, where `auto` is bfloat16; opened where `auto` is something else."""
+    save_plain(tmp_path / "base", files_in)
+    language = models.load(ModelRecipe(name=str(tmp_path / "base"), dtype=loaded, quantize=quantize))
+    asked = AdapterRecipe(r=4, target_modules=("q_proj", "up_proj"))
+    made = plan.make(asked, language.model, language.ends, quantize=quantize)
+    save_adapter(tmp_path, inject.inject(language.model, made))
+    assert files.read(tmp_path / "adapter").ours.codes_of == loaded
+    opened = open_model([tmp_path / "adapter"])
+    assert models.stored_as(opened.language.model) is DTYPES[loaded]
+    merge(tmp_path / "adapter", tmp_path / "merged", "float32", SCREEN)

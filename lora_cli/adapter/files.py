@@ -24,6 +24,7 @@ from lora_cli.adapter.inject import Adapter, without_adapters
 from lora_cli.adapter.peft_format import PREFIX, ROWS, rows_name
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan, to_quantise
 from lora_cli.adapter.portable import FILLED, LOWRANK, Portable, saved_form
+from lora_cli.adapter.quantised import Quantised
 from lora_cli.adapter.saved import CONFIG, OURS, WEIGHTS, Ours, Saved, read
 from lora_cli.errors import ExitCode, UserError
 from lora_cli.presets import Method
@@ -91,8 +92,15 @@ def write(
         split_experts=expert_format.are_apart(plan, model),
         layers=() if peft_format.is_peft(plan, model) else tuple(spec.name for spec in plan.layers),
         codes=codes,
+        codes_of=_quantised_from(model) if plan.quantised else None,
+        formats={name: part.settings for name, part in plan.quantised.items() if part.settings},
     )
     io_ops.write_json(folder / OURS, ours.model_dump(mode="json"))
+
+
+def _quantised_from(model: nn.Module) -> str | None:
+    layers = (layer for layer in model.modules() if isinstance(layer, Quantised))
+    return next((str(layer.dtype).removeprefix("torch.") for layer in layers), None)
 
 
 def plan_of(saved: Saved, model: nn.Module, ends: Ends, weights: Mapping[str, Tensor] | None = None) -> Plan:
@@ -121,7 +129,7 @@ def plan_of(saved: Saved, model: nn.Module, ends: Ends, weights: Mapping[str, Te
     factors = peft_format.shapes(plan, model)
     others = {peft_format.parameter_of(key) for key in tensors.keys() - factors.keys()}
     also = tuple(name for name in known if name in others)
-    plan = replace(plan, also=also, quantised=to_quantise(plan.method, model, ends, also))
+    plan = replace(plan, also=also, quantised=_formats(saved, to_quantise(plan.method, model, ends, also)))
     _check_tensors(saved, peft_format.shapes(plan, model))
     theirs = saved.ours.base_fingerprint
     if theirs is not None and theirs != fingerprint(model, plan, weights):
@@ -204,6 +212,18 @@ def method_of(saved: Saved) -> Method:
     except (ValidationError, TypeError) as error:
         what, fix = f"lora {__version__} does not know its parts", f"lora {saved.ours.lora_version} wrote it"
         raise UserError(what, where=str(saved.folder / OURS), fix=fix, code=ExitCode.MODEL) from error
+
+
+def _formats(saved: Saved, quantised: Mapping[str, Part]) -> dict[str, Part]:
+    """What each layer was quantised to when it was trained."""
+    known, found = saved.ours.formats, dict(quantised)
+    for name, part in quantised.items():
+        if known and known.get(name) not in getattr(parts.load("base", part.name), "FORMATS", ()):
+            raise saved.mismatch(
+                f"lora.json has no format for {name} that {part.name} has: {known.get(name)}"
+            )
+        found[name] = Part(name=part.name, settings=dict(known.get(name, {})))
+    return found
 
 
 def _layers(saved: Saved, model: nn.Module) -> list[str]:

@@ -6,20 +6,20 @@ The base's own tensors are never written to: what is trained in full, or moved, 
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_cli import parts
-from lora_cli.adapter import rules
+from lora_cli.adapter import bits, rules
 from lora_cli.adapter.base import SIGNS, Base
 from lora_cli.adapter.delta import Delta, LowRank, Place, Shared
 from lora_cli.adapter.layer import Adapted
 from lora_cli.adapter.plan import Ends, LayerSpec, Plan, view_of
 from lora_cli.adapter.quantised import Quantised, digest, remainder
-from lora_cli.adapter.reading import reader_of
+from lora_cli.adapter.reading import Reader, reader_of
 from lora_cli.adapter.rows import Rows
 from lora_cli.adapter.seed import generator_of
 from lora_cli.adapter.start import Start
@@ -27,6 +27,8 @@ from lora_cli.errors import ExitCode, UserError
 from lora_cli.parts import Part
 
 ROWS_AT_ONCE = 1024
+Rounding = Callable[[tuple[Tensor, Tensor] | None], Tensor]
+"""(B, A) -> what quantising makes of W0 + B·A, float32."""
 
 
 @dataclass
@@ -141,6 +143,8 @@ def inject(
 ) -> Adapter:
     """Freeze the model, wrap the planned layers, draw the first ΔW, quantise W0, and return the active adapter.
 
+    The plan that it has says of each layer in how many bits it is kept, where this one only says in how many all are.
+
     Args:
         model: changed in place; its own tensors are not, but for those that are quantised. No other adapter is active.
         plan: what to adapt.
@@ -154,9 +158,15 @@ def inject(
     shared = shared or shared_of(plan, seed)
     shared.reader = reader_of(model)
     found, taken = statistics or {}, taken or {}
+    if plan.budget is not None:
+        plan = _with_bits(model, plan, plan.budget, seed, shared.reader, found)
     layers: dict[str, Adapted] = {}
     for spec in plan.layers:
-        delta = _start(model, spec, plan, seed, shared, found.get(spec.name), taken.get(spec.name))
+        rounding = _rounding(model, spec.name, plan)
+        delta = _start(model, spec, plan, seed, shared, found.get(spec.name), rounding)
+        if (known := taken.get(spec.name)) is not None:
+            assert isinstance(delta, LowRank), "the files that are read are checked"
+            delta.fix(*known)
         layers[spec.name] = _wrap(model, spec, plan, delta)
         advance(1)
     for name in plan.touched[len(layers) :]:
@@ -312,33 +322,69 @@ def _start(
     seed: int,
     shared: Shared,
     statistic: Tensor | None,
-    taken: tuple[Tensor, Tensor] | None,
+    rounding: Rounding | None,
 ) -> Delta:
     """The first ΔW of a layer, beside W0 as it is on disk."""
     method, base = plan.method, _base(model, spec.name)
     dropout = None if base.reads_ids else _make("dropout", method.dropout)
     place = Place(base, spec.r, spec.scale, dropout, plan.lora_bias, shared, spec.name)
     delta = _make("delta", method.delta, place)
-    rounding = _rounding(base, method.base) if spec.name in plan.quantised else None
     start = Start(base, generator_of(seed, spec.name), statistic, rounding)
     with torch.no_grad():
         parts.load("init", method.init.name).init(delta, start, **parts.settings("init", method.init))
-        if taken is not None:
-            assert isinstance(delta, LowRank), "the files that are read are checked"
-            delta.fix(*taken)
     return delta
 
 
-def _rounding(base: Base, part: Part | None) -> Callable[[tuple[Tensor, Tensor] | None], Tensor]:
-    """What quantising makes of W0, or of W0 and something thin added to it."""
-    assert part is not None, "something is to be quantised"
-    quantise = parts.load("base", part.name).quantise
+def _rounding(model: nn.Module, name: str, plan: Plan) -> Rounding | None:
+    """What quantising makes of W0, or of W0 and something thin added to it; None where nothing is quantised."""
+    base, part = _base(model, name), plan.quantised.get(name)
+    if part is None:
+        return None
 
     def rounded(taken: tuple[Tensor, Tensor] | None) -> Tensor:
-        made: Quantised = quantise(base, remainder(base.weight(), taken))
-        return made.dequantised(torch.float32).to(base.device)
+        return quantised(base, base.weight(), part, taken).dequantised(torch.float32).to(base.device)
 
     return rounded
+
+
+def _with_bits(
+    model: nn.Module, plan: Plan, budget: float, seed: int, reader: Reader, statistics: Mapping[str, Tensor]
+) -> Plan:
+    """The plan with bits for each layer, that together keep to the budget."""
+    init, specs = parts.load("init", plan.method.init.name), {spec.name: spec for spec in plan.layers}
+    takes_first = rules.SHIFTED in rules.of_part("init", plan.method.init.name) and not hasattr(
+        init, "approximates"
+    )
+
+    def left(name: str) -> Tensor:
+        delta = None
+        if takes_first and name in specs:
+            shared = shared_of(plan, seed)
+            shared.reader = reader
+            delta = _start(model, specs[name], _once(plan), seed, shared, statistics.get(name), exact(name))
+        return remainder(_base(model, name).weight(), _taken(delta))
+
+    def exact(name: str) -> Rounding:
+        base = _base(model, name)
+        return lambda taken: remainder(base.weight(), taken).to(base.device)
+
+    fisher = statistics if plan.by_fisher else {}
+    return bits.allotted(plan, budget, lambda name: _base(model, name), left, fisher)
+
+
+def _once(plan: Plan) -> Plan:
+    """The same with one turn of an init that takes turns with quantising."""
+    init, settings = plan.method.init, parts.settings("init", plan.method.init)
+    if "iterations" not in settings:
+        return plan
+    return replace(plan, method=replace(plan.method, init=Part(init.name, settings | {"iterations": 1})))
+
+
+def _taken(delta: Delta | None) -> tuple[Tensor, Tensor] | None:
+    """(B, A) of what a start adds to W0 before it is quantised."""
+    if not isinstance(delta, LowRank) or delta.fixed_A is None or delta.fixed_B is None:
+        return None
+    return delta.fixed_B, delta.fixed_A
 
 
 def _wrap(model: nn.Module, spec: LayerSpec, plan: Plan, delta: Delta) -> Adapted:
@@ -355,20 +401,16 @@ def _wrap(model: nn.Module, spec: LayerSpec, plan: Plan, delta: Delta) -> Adapte
 
 
 def quantised(base: Base, W0: Tensor, part: Part, taken: tuple[Tensor, Tensor] | None) -> Quantised:
-    """What stands in the place of a plain layer with the weight W0 [out, in], float32 on the CPU."""
-    made: Quantised = parts.load("base", part.name).quantise(base, remainder(W0, taken))
+    """What stands in the place of a plain layer with the weight W0 [out, in], float32."""
+    made: Quantised = parts.load("base", part.name).quantise(base, remainder(W0, taken), **part.settings)
     made.taken = taken
     return made
 
 
 def _quantise(model: nn.Module, name: str, plan: Plan, delta: Delta | None = None) -> None:
     """Put codes where a plain layer stands, on the CPU, so that they do not depend on the device; let go of W0."""
-    base, part = _base(model, name), plan.method.base
-    assert part is not None, "something is to be quantised"
-    taken: tuple[Tensor, Tensor] | None = None
-    if isinstance(delta, LowRank) and delta.fixed_A is not None and delta.fixed_B is not None:
-        taken = delta.fixed_B, delta.fixed_A
-    made = quantised(base, base.weight().cpu(), part, taken)
+    base = _base(model, name)
+    made = quantised(base, base.weight(), plan.quantised[name], _taken(delta))
     made.register_buffer(SIGNS, base.signs(), persistent=False)
     made = made if base.device.type == "cpu" else made.to(base.device)
     model.set_submodule(name, made.train(base.module.training))

@@ -4,7 +4,7 @@ Whatever is random is drawn from (seed, step), between steps and never inside `f
 going on from a checkpoint is exact.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -53,6 +53,10 @@ class Run(Protocol):
         """The mean loss per trained token on what `held_out` keeps from the next step; a scalar, nothing is dropped."""
         ...
 
+    def say(self, text: str, /) -> None:
+        """Tell whoever watches what takes long."""
+        ...
+
     def second_passes(self) -> Callable[["Batch"], Tensor]:
         """Watch the passes from now on; what comes back takes one more through a micro-batch that was just computed.
 
@@ -64,6 +68,21 @@ class Run(Protocol):
 
 class Lifecycle:
     """Hooks, in the order in which they are called."""
+
+    rehearsable = True
+    """False where `lora estimate` cannot take its steps: they need numbers, or no one of them is like the others."""
+
+    def looks(self, run: Run, examples: int) -> Mapping[str, float]:
+        """Rows that a run of `total_steps` reads beside its steps, by what for: `loss`, or a kind of `Run.measure`."""
+        return {}
+
+    def later(self, run: Run) -> float:
+        """Bytes that it comes to keep between steps, at most, beside what it has before the first."""
+        return 0.0
+
+    def backward(self, run: Run) -> tuple[float, float]:
+        """Shares of the residual branches that have a backward pass: on average, and in the step where most have."""
+        return 1.0, 1.0
 
     def setup(self, run: Run) -> None:
         """Once, before the first step or before a checkpoint is restored."""

@@ -6,7 +6,7 @@ Every pattern has to match something: a name that is silently ignored is a run t
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 from torch import nn
@@ -71,15 +71,28 @@ class Plan:
     new_rows: tuple[int, ...] = ()
     """Token ids whose rows of the embedding (and of the head) are trained."""
     ends: Ends = Ends("", "", False)
-    quantised: tuple[str, ...] = ()
-    """Layers, adapted or not, whose W0 is quantised as `method.base` says."""
+    quantised: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    """Layer, adapted or not, whose W0 is quantised -> in which format."""
     taken: bool = False
     """Whether something is taken off W0 before, which belongs to the adapter."""
+    budget: float | None = None
+    """Bits a weight of the quantised layers, on average, within which each is to get its own; None: they have them."""
 
     @property
     def touched(self) -> tuple[str, ...]:
         """The adapted layers, then those that are only quantised."""
         return tuple(dict.fromkeys([*(spec.name for spec in self.layers), *self.quantised]))
+
+    @property
+    def by_fisher(self) -> bool:
+        """Whether bits are shared out by errors that count Fisher weights, as the init has them measured."""
+        init = parts.load("init", self.method.init.name)
+        return self.budget is not None and getattr(init, "measures", None) == "fisher"
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Layers that something is asked of, where the init has that measured."""
+        return self.touched if self.by_fisher else tuple(spec.name for spec in self.layers)
 
     @property
     def shared(self) -> dict[str, Shape]:
@@ -131,6 +144,7 @@ def make(
     untied: bool = False,
     optimizer: Part | None = None,
     quantize: str | None = None,
+    bits: float | None = None,
 ) -> Plan:
     """Match the patterns of `adapter` against the modules of `model`.
 
@@ -142,9 +156,11 @@ def make(
         optimizer: the recipe's, when it names one; else the method's.
         untied: whether tied ends may be adapted because they will be (or have been) given separate weights.
         quantize: the recipe's `model.quantize`, when it names one; else the method's.
+        bits: its `model.bits`.
 
     Raises:
-        UserError: a pattern matches nothing, parts do not go together, or one end of a tie is adapted.
+        UserError: a pattern matches nothing, parts do not go together, one end of a tie is adapted, or there are too
+            few bits.
     """
     method = presets.resolve(adapter, optimizer, quantize)
     written, adapter = adapter, presets.with_defaults(adapter)
@@ -167,7 +183,10 @@ def make(
         layers, [name for name in adaptable if name not in {*names, ends.embeddings, ends.head}], method
     )
     quantised = to_quantise(method, model, ends, also)
-    return Plan(method, layers, adapter.lora_bias, also, tuple(new_rows), ends, quantised)
+    bits = bits if quantised else None
+    if bits is not None:
+        check_bits(bits, {name: adaptable[name][1] for name in quantised}, quantised)
+    return Plan(method, layers, adapter.lora_bias, also, tuple(new_rows), ends, quantised, budget=bits)
 
 
 def check_in_full(adapter: AdapterRecipe, quantised: bool) -> None:
@@ -181,12 +200,31 @@ def check_in_full(adapter: AdapterRecipe, quantised: bool) -> None:
         raise UserError(what, where="adapter.train_also", fix=fix)
 
 
-def to_quantise(method: Method, model: nn.Module, ends: Ends, also: Collection[str]) -> tuple[str, ...]:
-    """Every linear layer but the output head and those whose weight trains in full."""
+def to_quantise(method: Method, model: nn.Module, ends: Ends, also: Collection[str]) -> dict[str, Part]:
+    """Every linear layer but the output head and those whose weight trains in full -> the format of all."""
     if method.base is None:
-        return ()
+        return {}
     names = [name for name, (kind, _) in _adaptable(model).items() if kind in QUANTISED]
-    return tuple(name for name in names if name != ends.head and f"{name}.weight" not in also)
+    names = [name for name in names if name != ends.head and f"{name}.weight" not in also]
+    return dict.fromkeys(names, method.base)
+
+
+def check_bits(bits: float, bases: Mapping[str, Base], formats: Mapping[str, Part]) -> None:
+    """Refuse fewer bits a weight than all layers take together in the smallest of their formats.
+
+    Raises:
+        UserError: with how many that are.
+    """
+    numbers = {name: base.in_features * base.out_features for name, base in bases.items()}
+    files = {name: parts.load("base", part.name) for name, part in formats.items()}
+    least = {
+        name: min(file.bits_of(numbers[name], **each) for each in file.FORMATS)
+        for name, file in files.items()
+    }
+    if (mean := sum(least.values()) / sum(numbers.values())) > bits:
+        least_bits = math.ceil(mean * 1e4) / 1e4  # such that, written back, it is enough
+        what, fix = f"the {len(numbers)} layers take {least_bits:g} bits a weight at least", "set more bits"
+        raise UserError(what, where=f"model.bits: {bits:g}", fix=fix)
 
 
 def _packed(adaptable: Mapping[str, tuple[str, Base]]) -> set[str]:
@@ -314,11 +352,18 @@ def _layer(
         raise UserError(f"{name} has no bias", where="adapter.lora_bias", fix=fix)
     problem = getattr(parts.load("delta", method.delta.name), "problem", no_problem)
     if found := problem(base.in_features, base.out_features, r, **parts.settings("delta", method.delta)):
-        raise UserError(f"{name} ({base.out_features}×{base.in_features}): {found}", where="adapter.r")
+        where = _blamed(found, method.delta)
+        raise UserError(f"{name} ({base.out_features}×{base.in_features}): {found}", where=where)
     scaling = parts.settings("scale", method.scale)
     scale = parts.load("scale", method.scale.name).scale(alpha, r, **scaling)
     spec = LayerSpec(name, kind, base.in_features, base.out_features, r, alpha, scale, 0)
     return replace(spec, num_trainable=_num_trainable(spec, method, adapter.lora_bias))
+
+
+def _blamed(problem: str, delta: Part) -> str:
+    """The key that a problem begins with, as in `length = 256 has to divide ...`: a setting of the part, or r."""
+    key = problem.partition(" = ")[0]
+    return f"adapter.delta.{delta.name}.{key}" if key in parts.settings("delta", delta) else "adapter.r"
 
 
 def _num_trainable(spec: LayerSpec, method: Method, lora_bias: bool) -> int:

@@ -33,6 +33,10 @@ class Ours(Section):
     """The adapted layers, where the names of the tensors do not tell."""
     codes: str | None = None
     """A hash of the quantised base that it was trained on."""
+    codes_of: str | None = None
+    """The type that W0 was rounded to before it was quantised: other types have other codes."""
+    formats: dict[str, dict[str, int]] = Field(default={})
+    """Layer -> settings of the format of its W0, where it has its own."""
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,9 @@ def show_plan(plan: Plan, language: LanguageModel, screen: Screen) -> None:
     if in_full:
         screen.table(["trained in full", "tensors"], list(in_full.items()))
     if plan.method.base is not None:
-        screen.note(f"{len(plan.quantised)} linear layers are kept in {plan.method.base.name}")
-    total = sum(p.numel() for p in language.model.parameters())
+        within = "" if plan.budget is None else f", in {plan.budget:g} bits a weight that training shares out"
+        screen.note(f"{len(plan.quantised)} linear layers are kept in {plan.method.base.name}{within}")
+    total = models.size_of(language.model)
     trained = trained_parameters(plan, language)
     screen.note(f"{size(trained)} of {size(total)} parameters train: {trained / total:.2%}")
 

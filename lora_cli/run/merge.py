@@ -27,7 +27,7 @@ from lora_cli.model import DTYPES
 from lora_cli.recipe.schema import ModelRecipe, Recipe
 from lora_cli.run import onto as ontos
 from lora_cli.run import probe, rewrite
-from lora_cli.run.open import adapter_in, base_of, refuse_inside, refuse_routed, trained_with
+from lora_cli.run.open import adapter_in, base_of, named_by, refuse_inside, refuse_routed, trained_with
 from lora_cli.run.rewrite import Rewriting, digest
 from lora_cli.run.weights import Onto, Weights, open_weights
 from lora_cli.screen import Screen
@@ -69,7 +69,8 @@ def merge(
     refuse_inside(output, folder, Path(recipe.name))
     io_ops.remove_abandoned(output)
     with io_ops.new_folder(output) as made:
-        weights = open_weights(recipe)
+        with named_by("--base" if base else str(folder / files.CONFIG)):
+            weights = open_weights(recipe)
         plan = files.plan_of(saved, weights.language.model, weights.language.ends, weights)
         weights, plan = ontos.merged_onto(weights, plan, saved, onto, screen)
         work = rewrite.prepare(weights, saved, plan, None if dtype is None else DTYPES[dtype], onto)

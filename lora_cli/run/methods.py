@@ -70,8 +70,9 @@ def _settings(axis: str, name: str, screen: Screen) -> None:
 
 def _written(axis: str, name: str) -> str:
     if axis == "base":
-        asked = parts.defines(axis, name, "quantise")
-        return f"model: {{quantize: {name}}}" if asked else "chosen by the layer"
+        if parts.defines(axis, name, "quantise"):
+            return f"model: {{quantize: {name}}}"
+        return "chosen by the model's files" if parts.defines(axis, name, "reads") else "chosen by the layer"
     return f"{'train' if axis == 'optimizer' else 'adapter'}: {{{axis}: {name}}}"
 
 

@@ -38,8 +38,8 @@ def merged_onto(
     if base is not None and _can_be_made(base, onto, screen):
         taken = files.taken_of(saved, weights.language.model)
         names = frozenset(f"{name}.weight" for name in plan.quantised)
-        weights = replace(weights, base=base, quantised=names, taken=taken)
-    return weights, replace(plan, method=replace(plan.method, base=None), quantised=())
+        weights = replace(weights, formats=plan.quantised, quantised=names, taken=taken)
+    return weights, replace(plan, method=replace(plan.method, base=None), quantised={})
 
 
 def _can_be_made(base: Part, onto: Onto, screen: Screen) -> bool:
@@ -60,7 +60,7 @@ def check_codes(work: Rewriting, screen: Screen) -> None:
     Raises:
         UserError: they are others, and it is they that were merged onto.
     """
-    codes, packed = work.weights.codes, work.weights.base is None
+    codes, packed = work.weights.codes, not work.weights.formats
     if not work.weights.quantised or work.saved.fits_codes(digest_of(codes)):
         return
     if work.onto == "trained":

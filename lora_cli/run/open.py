@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def open_model(
     dtype: str | None = None,
     device: torch.device | None = None,
     quantize: str | None = None,
+    bits: float | None = None,
     original: bool = False,
 ) -> Opened:
     """Load the base once and put every adapter of `paths` on it.
@@ -60,6 +62,7 @@ def open_model(
         dtype: how the base is kept, as in a recipe; default: as it was trained, or `auto`.
         device: where; default: the CPU.
         quantize: what the linear layers of a plain model are kept in; an adapter says itself what its base is.
+        bits: that a weight of these takes on average, where each layer gets its own.
         original: put the adapters on the base as it is on disk, even where they were trained on a quantised one.
 
     Raises:
@@ -69,19 +72,32 @@ def open_model(
     adapters = [folder for folder in folders if folder is not None]
     if len(adapters) < len(paths):
         _only_one(paths)
-        named = {"name": base or str(paths[0]), "dtype": dtype or "auto", "quantize": quantize}
-        return Opened(_plain(ModelRecipe.model_validate(named), device), {}, {}, None)
+        named = {"name": base or str(paths[0]), "dtype": dtype or "auto", "quantize": quantize, "bits": bits}
+        with named_by("--base" if base else str(paths[0])):
+            return Opened(_plain(ModelRecipe.model_validate(named), device), {}, {}, None)
     saved = {name: files.read(folder) for name, folder in _named(adapters).items()}
     trained = trained_with(adapters[0])
     _check_together(saved)
     wanted = base_of(saved, trained, base, dtype, original)
-    language = models.load(_attending(wanted, device), device)
+    with named_by("--base" if base else str(adapters[0] / files.CONFIG)):
+        language = models.load(_attending(wanted, device), device)
     opened = Opened(language, {}, saved, trained)
     for name, each in saved.items():
         opened.adapters[name] = _put_on(language, each, device, original)
         opened.use(None)  # the next one has to find the base's own parameters
     opened.use(next(iter(saved)))
     return opened
+
+
+@contextmanager
+def named_by(where: str) -> Generator[None]:
+    """Inside the block an error about the model that a recipe names is one about what names it here."""
+    try:
+        yield
+    except UserError as error:
+        if error.where != "model.name":
+            raise
+        raise UserError(error.what, where=where, fix=error.fix, code=error.code) from error
 
 
 def best_device() -> torch.device:
@@ -132,7 +148,7 @@ def other_codes(saved: Saved, packed: bool) -> UserError:
         fix = "name the model that it was trained on with --base"
     else:
         what = "its base is quantised to other codes than when it was trained"
-        fix = f"{ORIGINAL}, or use the bitsandbytes and the files that it was trained with"
+        fix = f"{ORIGINAL}, or use the files that it was trained with, and, for nf4, that bitsandbytes"
     what = f"does not fit this model: {what}"
     return UserError(what, where=str(saved.folder), fix=fix, code=ExitCode.MODEL)
 
@@ -155,7 +171,7 @@ def _plain(recipe: ModelRecipe, device: torch.device | None) -> LanguageModel:
     if recipe.quantize is not None:
         method = Method(name="lora", base=Part(name=recipe.quantize))
         quantised = to_quantise(method, language.model, language.ends, ())
-        inject(language.model, Plan(method, (), ends=language.ends, quantised=quantised))
+        inject(language.model, Plan(method, (), ends=language.ends, quantised=quantised, budget=recipe.bits))
         language.model.to(device)  # pyright: ignore[reportArgumentType]
     return language
 
@@ -168,7 +184,7 @@ def _put_on(language: LanguageModel, saved: Saved, device: torch.device | None, 
     """
     plan = files.plan_of(saved, language.model, language.ends)
     if original:
-        plan = replace(plan, method=replace(plan.method, base=None), quantised=())
+        plan = replace(plan, method=replace(plan.method, base=None), quantised={})
     adapter = inject(language.model, plan, taken=files.taken_of(saved, language.model))
     if not original and not saved.fits_codes(adapter.codes):
         raise other_codes(saved, packed=plan.method.base is None)
@@ -183,7 +199,7 @@ def _check_together(saved: dict[str, Saved]) -> None:
     Raises:
         UserError: their bases are quantised differently, or one of them had a part of it taken off before.
     """
-    kept = {str(each.ours.parts.get("base")) for each in saved.values()}
+    kept = {str((each.ours.parts.get("base"), each.ours.formats)) for each in saved.values()}
     taken = any(peft_format.taken_of(each.tensors) for each in saved.values())
     if len(saved) > 1 and (taken or len(kept) > 1):
         what = "the adapters are for bases that are quantised in different ways"
@@ -240,7 +256,13 @@ def base_of(
     apart = any(each.splits_experts for each in saved.values())
     quantised = first.ours.parts.get("base")
     quantize = quantised[0].name if quantised and not original else None
-    kept = {"dtype": dtype or known.dtype, "add_tokens": tokens, "quantize": quantize, "split_experts": apart}
+    same = first.ours.codes_of if quantize is not None else None
+    kept = {
+        "dtype": dtype or same or known.dtype,
+        "add_tokens": tokens,
+        "quantize": quantize,
+        "split_experts": apart,
+    }
     return known.model_copy(update={"name": name, "revision": revision, **kept})
 
 

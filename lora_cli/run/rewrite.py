@@ -219,7 +219,7 @@ def _merge(work: Rewriting, piece: Piece) -> None:
 def _ways(work: Rewriting) -> dict[Onto, Callable[[str], Tensor]]:
     """Onto which weights -> how they are read; there are no original ones where the files hold codes."""
     weights = work.weights
-    stored_as_codes = weights.quantised and weights.base is None
+    stored_as_codes = weights.quantised and not weights.formats
     found: dict[Onto, Callable[[str], Tensor]] = {"trained": weights.trained}
     return found if stored_as_codes else {**found, "original": weights.original}
 

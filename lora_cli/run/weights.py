@@ -12,7 +12,7 @@ from lora_cli.adapter import inject
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.plan import view_of
 from lora_cli.adapter.quantised import Quantised, View, layer_digest
-from lora_cli.model import LanguageModel
+from lora_cli.model import DTYPES, LanguageModel
 from lora_cli.parts import Part
 from lora_cli.recipe.schema import ModelRecipe
 from lora_cli.stored import Stored, open_stored
@@ -32,8 +32,8 @@ class Weights(Mapping[str, Tensor]):
     """Of the embeddings in the files."""
     held_as: dict[str, str]
     """An end of the model that is not in the files -> the end that was tied to it, which is."""
-    base: Part | None = None
-    """What W0 was quantised to when ΔW was trained; None where it was not, or the files hold the codes."""
+    formats: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    """Layer -> what its W0 was quantised to when ΔW was trained; none where it was not, or the files hold the codes."""
     quantised: frozenset[str] = frozenset()
     """The parameters that were codes then."""
     taken: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
@@ -58,22 +58,24 @@ class Weights(Mapping[str, Tensor]):
     def compare_codes(self, name: str, written: Tensor) -> None:
         """Note whether what is written in the place of a quantised weight still has its codes."""
         layer = name.rpartition(".")[0]
-        if name not in self.quantised or self.base is None:
+        if name not in self.quantised or layer not in self.formats:
             return
         base = self._view(layer)
         before, after = (
             self._coded(name),
-            inject.quantised(base, base.oriented(written.float()), self.base, None),
+            inject.quantised(base, base.oriented(written.float()), self.formats[layer], None),
         )
         self.recoded[layer] = torch.equal(before.get_buffer("codes"), after.get_buffer("codes"))
 
     def _coded(self, name: str) -> Quantised:
         """The layer that was there in training."""
-        if self.base is None:
-            return self.stored.layer(name)
         layer = name.rpartition(".")[0]
-        base = self._view(layer)
-        return inject.quantised(base, base.oriented(self.original(name)), self.base, self.taken.get(layer))
+        if layer not in self.formats:
+            return self.stored.layer(name)
+        base, W0, loaded = self._view(layer), self.original(name), self.stored.recipe.dtype
+        if loaded in DTYPES:  # training quantised what it had loaded
+            W0 = W0.to(DTYPES[loaded]).float()
+        return inject.quantised(base, base.oriented(W0), self.formats[layer], self.taken.get(layer))
 
     def _view(self, layer: str) -> Base:
         view = view_of(self.language.model.get_submodule(layer))
