@@ -19,7 +19,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import fit, prepare
 from lora_cli.run.train import train
 from lora_cli.screen import Screen
-from tests import tiny
+from tests import liger, tiny
 from tests.bench import Bench, result, root_of
 from tests.forking import Forker, forker
 from tests.test_methods_quantised import packed
@@ -107,6 +107,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4, bf16, measured start": ("bf16", {"adapter": {"method": "lqer", "train_also": ("norms",)}}),
     "nf4, part of W0 taken off": ("llama", {"adapter": {"method": "qlora", "init": "pissa"}}),
     "int4": ("bf16", {"model": {"quantize": "int4"}}),
+    "nf, bits by layer": (
+        "bf16",
+        {"adapter": {"method": "lq_lora"}, "model": {"quantize": "nf", "bits": 3.5}},
+    ),
     "int8, transposed": ("gpt2", {"model": {"quantize": "int8"}}),
     "int8, bf16": ("bf16", {"model": {"quantize": "int8"}, "train": {"gradient_checkpointing": True}}),
     "int8, saved as a product with W0": (
@@ -132,6 +136,19 @@ def test_a_base_that_is_shared_out_learns_the_bytes_of_one_process(bench, proces
     assert result(shared) == result(alone)
     ours, theirs = ((root_of(each) / "adapter" / "lora.json").read_bytes() for each in (shared, alone))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_with_kernels_for_norms_and_gates_too(bench, processes, recomputed, monkeypatch):
+    sections = {"adapter": {"train_also": ("norms",)}, "train": {"micro_batch_size": 1, **EXACT}}
+    alone = of(bench, "gemma2", **sections)
+    liger.stand_in(monkeypatch)
+    train(alone, Screen.silent())
+    shared = like(bench, alone, **SHARED, gradient_checkpointing=recomputed)
+    ended = together(processes, bench, shared, 2, within=["with_kernels"])
+    assert ended["codes"] == [0, 0], ended["said"]
+    assert "is shared out" in ended["said"]
+    assert result(shared) == result(alone)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -217,7 +217,10 @@ class Combination:
         """As `lora check` makes it."""
         (base,) = self.chosen.get("base") or (None,)
         quantize = base and base.name
-        return plans.make(self.adapter, model, ENDS, optimizer=self.train.optimizer, quantize=quantize)
+        bits = 4.5 if quantize == "nf" else None
+        return plans.make(
+            self.adapter, model, ENDS, optimizer=self.train.optimizer, quantize=quantize, bits=bits
+        )
 
     def __str__(self) -> str:
         named = [
@@ -248,7 +251,7 @@ def drawn(axis: str, name: str, chance: random.Random) -> Combination:
     if "base.int4" in needs:
         found["base"] = (Part("int4"),)
     elif "base.quantized" in needs or chance.random() < 0.1:
-        found["base"] = (Part(chance.choice(("nf4", "int4", "int8"))),)
+        found["base"] = (Part(chance.choice(("nf4", "nf", "int4", "int8"))),)
     return Combination(found, beside)
 
 
@@ -385,7 +388,7 @@ def begun(combination: Combination) -> loop.Training:
     init, settings = parts.load("init", part.name), parts.settings("init", part)
     statistics: dict[str, Tensor] = {}
     if hasattr(init, "measures"):
-        bases = {spec.name: peft_format.base_of(model, spec.name) for spec in plan.layers}
+        bases = {name: peft_format.base_of(model, name) for name in plan.measured}
         statistics = measure(
             init.measures, model, bases, examples, range(4), precision=torch.float32, pad_id=0
         )

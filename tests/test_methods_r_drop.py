@@ -86,7 +86,7 @@ def test_a_few_positions_at_a_time_give_the_same_as_all_logits_at_once(monkeypat
     W, b = logits(13, 5), logits(13) if bias else None
     first, second = logits(count, 5).requires_grad_(), logits(count, 5)
     expected = twice.divergence(0.25 * F.linear(first, W, b), 0.25 * F.linear(second, W, b))
-    found = twice._apply(first, second, W, b, 0.25)
+    found = twice._apply(first, second, W, b, 0.25, head.parts)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(3 * each, first)[0] for each in (found, expected)))
 

@@ -242,6 +242,26 @@ def test_what_does_not_go_with_a_layer_is_refused_before_it_has_weights(adapter,
         plan.make(AdapterRecipe(**{"r": 4, **adapter}), skeleton, models.ends_of(skeleton))
 
 
+@pytest.mark.parametrize(
+    ("adapter", "where"),
+    [
+        ({"method": "vb_lora"}, "adapter.delta.vb_lora.length"),
+        (
+            {"method": "vb_lora", "delta": {"vb_lora": {"length": 8, "vectors": 2, "k": 3}}},
+            "adapter.delta.vb_lora.k",
+        ),
+        ({"method": "melora", "delta": {"melora": {"n": 3}}}, "adapter.delta.melora.n"),
+        ({"method": "miss", "r": 5}, "adapter.r"),
+    ],
+)
+def test_the_key_that_is_at_fault_is_named(adapter, where):
+    with torch.device("meta"):
+        skeleton = tiny.model("llama")
+    with pytest.raises(UserError) as refused:
+        plan.make(AdapterRecipe(**{"r": 4, **adapter}), skeleton, models.ends_of(skeleton))
+    assert refused.value.where == where
+
+
 # ---- where it is told to be ----------------------------------------------------------------------------------------
 
 TOLD: dict[str, tuple[str, list[str], str]] = {

@@ -138,3 +138,11 @@ def test_a_method_goes_on_from_a_checkpoint_to_the_bit(recipe, method, monkeypat
     parts = train(recipe(method, "parts"), Screen(), resume=True)
     assert digest(whole) == digest(parts)
     assert losses(whole, "loss") == losses(parts, "loss")
+
+
+def test_alora_says_what_takes_so_long_in_its_rounds(recipe, capsys):
+    train(recipe("alora", "run"), Screen())
+    said = [line for line in capsys.readouterr().err.splitlines() if "alora weighs" in line]
+    assert len(said) == 3
+    assert said[0].startswith("step 4 ")
+    assert " 16 components" in said[0]

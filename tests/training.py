@@ -20,6 +20,7 @@ from lora_cli.data.example import Batch, Example
 from lora_cli.data.pack import epoch_order, micro_batches
 from lora_cli.recipe.schema import AdapterRecipe, TrainRecipe
 from lora_cli.train import loop, optim
+from lora_cli.train.elementwise import keep_less
 from lora_cli.train.loss import loss_sum
 from lora_cli.train.measure import measure
 from lora_cli.train.recompute import recompute
@@ -76,6 +77,7 @@ def training(
         first = epoch_order(examples, recipe.seed, 0)[: recipe.batch_size]
         statistics = measure(init.measures, model, bases, examples, first, precision=torch.float32, pad_id=0)
     made = inject.inject(model, plan, recipe.seed, statistics)
+    keep_less(model)
     if asked := recipe.gradient_checkpointing:
         recompute(model, None if asked is True else asked)
     model.train()

@@ -9,16 +9,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from lora_cli import kernels
 from lora_cli.adapter import quantised
 from lora_cli.adapter.inject import without_adapters
 from lora_cli.evaluate import loss
 from lora_cli.run import prepare
 from lora_cli.run import train as run
 from lora_cli.train import gradient, loop, processes, sharding
+from tests import liger
 
 
 def short_of_memory(rank: int, which: str) -> None:
@@ -95,6 +98,19 @@ def asked_while_evaluating(rank: int, which: str) -> None:
         return real(*arguments)
 
     loss._sums = sums
+
+
+def with_kernels(rank: int) -> None:
+    """What stands in for liger-kernel is found, and nothing else computes."""
+    patch, real = pytest.MonkeyPatch(), kernels.use
+    liger.stand_in(patch)
+
+    def use(*arguments: Any) -> int:
+        count = real(*arguments)
+        liger.only_kernels(patch)
+        return count
+
+    patch.setattr(kernels, "use", use)
 
 
 def watched(rank: int, folder: str) -> None:

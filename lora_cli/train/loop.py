@@ -84,6 +84,8 @@ class Training:
     """Of a micro-batch; under `micro_batch_size: auto`."""
     max_rows: int | None = None
     """Of a micro-batch; where the recipe sets it."""
+    say: Callable[[str], None] = lambda text: None
+    """Tells whoever watches what takes long."""
 
     def __post_init__(self) -> None:
         """Ask the parts what they need before the first step."""

@@ -43,8 +43,7 @@ class Loss:
     def at(self, batch: Batch, device: torch.device, positions: Tensor, targets: Tensor) -> Tensor:
         """The same where it is known which positions of the flattened batch are followed by which trained tokens."""
         if self.scale is None:
-            with head_sees(self.model, positions):
-                logits = _forward(self.model, batch, device)
+            logits = logits_at(self.model, batch, device, positions)
             return F.cross_entropy(widened(logits), targets, reduction="sum")
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
@@ -114,8 +113,13 @@ def widened(logits: Tensor) -> Tensor:
 def trained_logits(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits [n, vocabulary] where the next token is trained, and those tokens [n], rows of the batch in order."""
     positions, targets = trained(batch, device)
+    return logits_at(model, batch, device, positions), targets
+
+
+def logits_at(model: PreTrainedModel, batch: Batch, device: torch.device, positions: Tensor) -> Tensor:
+    """Logits [n, vocabulary] at these positions of the flattened batch."""
     with head_sees(model, positions):
-        return _forward(model, batch, device), targets
+        return _forward(model, batch, device)
 
 
 def trained(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

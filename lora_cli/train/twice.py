@@ -16,21 +16,33 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lora_cli.data.example import Batch
-from lora_cli.train.head import LOGITS_BYTES
-from lora_cli.train.loss import Loss, states, states_at, trained, trained_logits, widened
+from lora_cli.train.head import Parts
+from lora_cli.train.loss import Loss, logits_at, states, states_at, trained, widened
+
+
+def once_more(loss: Loss, batch: Batch, positions: Tensor) -> Tensor:
+    """What one more pass has at these positions: logits where `loss` asks the model for them, else what is read."""
+    of = states if loss.scale is not None else logits_at
+    return of(loss.model, batch, positions.device, positions)
 
 
 class Twice:
     """Watches every pass while training, so that a second one can be held against it."""
 
-    def __init__(self, model: PreTrainedModel, computing: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        computing: Callable[[], AbstractContextManager[Any]],
+        again: Callable[[Loss, Batch, Tensor], Tensor] = once_more,
+    ) -> None:
         """From now on what the head reads, and what the model makes of it, is kept until the next pass.
 
         Args:
             model: in training mode.
             computing: the context that it computes in.
+            again: takes the second pass.
         """
-        self.model, self.computing = model, computing
+        self.model, self.computing, self.again = model, computing, again
         self.read: Tensor | None = None
         self.logits: Tensor | None = None
         head = model.get_output_embeddings()
@@ -50,20 +62,23 @@ class Twice:
         Only the first has a gradient.
         """
         assert self.read is not None
+        return self.at(loss, batch, trained(batch, self.read.device)[0])
+
+    def at(self, loss: Loss, batch: Batch, positions: Tensor) -> Tensor:
+        """The same where it is known which positions of the flattened batch are followed by trained tokens."""
+        assert self.read is not None
         assert self.logits is not None
         read, logits = self.read, self.logits
-        positions, _ = trained(batch, read.device)
         try:
             with self.computing():
-                if loss.scale is None:
-                    with torch.no_grad():
-                        others, _ = trained_logits(self.model, batch, read.device)
-                    return divergence(logits, others)
                 with torch.no_grad():
-                    second = states(self.model, batch, read.device, positions)
+                    second = self.again(loss, batch, positions)
+                if loss.scale is None:
+                    return divergence(logits, second)
                 head = self.model.get_output_embeddings()
                 assert isinstance(head, nn.Linear)
-                return _apply(states_at(read, positions), second, head.weight, head.bias, loss.scale)
+                first = states_at(read, positions)
+                return _apply(first, second, head.weight, head.bias, loss.scale, loss.split)
         finally:
             self.read = self.logits = None
 
@@ -79,18 +94,24 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, first: Tensor, second: Tensor, W: Tensor, bias: Tensor | None, scale: float
+        ctx: Any,
+        first: Tensor,
+        second: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        split: Parts,
     ) -> Tensor:
-        rows = max(1, LOGITS_BYTES[first.device.type] // (4 * len(W)))
         total = torch.zeros((), device=first.device, dtype=torch.promote_types(W.dtype, torch.float32))
-        gradients: list[Tensor] = []
-        for part, other in zip(first.split(rows), second.split(rows), strict=True):
+        gradient = torch.empty_like(first)
+        for part in split(len(first), len(W), first.device.type):
             with torch.enable_grad():
-                read = part.detach().requires_grad_()
-                found = divergence(*(scale * widened(F.linear(each, W, bias)) for each in (read, other)))
-                gradients += torch.autograd.grad(found, read)
+                read = first[part].detach().requires_grad_()
+                both = (scale * widened(F.linear(each, W, bias)) for each in (read, second[part]))
+                found = divergence(*both)
+                (gradient[part],) = torch.autograd.grad(found, read)
             total += found.detach()
-        ctx.save_for_backward(torch.cat(gradients))
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
@@ -99,7 +120,7 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, dL: Tensor
     ) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * dL.to(gradient.dtype), None, None, None, None
+        return gradient * dL.to(gradient.dtype), None, None, None, None, None
 
 
 _apply: Any = _Divergence.apply

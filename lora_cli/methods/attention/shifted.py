@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from lora_cli.attention import documents
 from lora_cli.recipe.schema import Section
 
+APART = True
+"""Each document of a packed row is computed as if it were alone."""
+
 
 class Settings(Section):
     """Settings in a recipe: `{shifted: {groups: 4}}`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_cli.adapter.base import Base
 from lora_cli.adapter.delta import Factored, Place, Shape
 from lora_cli.adapter.quantised import GROUP
 
@@ -51,6 +52,10 @@ class Pooled(Factored):
     def down(self) -> Tensor:
         """A·P, [r, in]."""
         return self.A.repeat_interleave(GROUP, 1)[:, : self.in_features]
+
+    def beside(self, base: Base, x: Tensor, dropped: Tensor) -> Tensor:
+        """W0 is in codes; where `lora estimate` has a plain one in its place, it is computed the same way."""
+        return self.add_dropped(base(x), dropped)
 
     def add_dropped(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + s·B·(A·(P·x))."""

@@ -37,6 +37,8 @@ class Settings(Section):
 class DropBP(Lifecycle):
     """Draws the branches of a step between steps, from (seed, step)."""
 
+    rehearsable = False
+
     def __init__(self, rate: float) -> None:
         """As in a recipe."""
         self.chance = rate
@@ -88,9 +90,20 @@ class DropBP(Lifecycle):
         self._draw(run)
 
     def _draw(self, run: Run) -> None:
-        generator = generator_of(run.train.seed, f"dropbp@{run.step}")
-        lots = torch.rand(len(self.branches), generator=generator)
-        self.dropped = drawn(lots, self.chance, self.learning)
+        self.dropped = self._drawn(run, run.step, self.learning)
+
+    def _drawn(self, run: Run, step: int, learning: Tensor) -> Tensor:
+        lots = torch.rand(len(learning), generator=generator_of(run.train.seed, f"dropbp@{step}"))
+        return drawn(lots, self.chance, learning)
+
+    def backward(self, run: Run) -> tuple[float, float]:
+        """In the first steps of the run, which are as the others."""
+        found = [branch for block in blocks(run.adapter.model) for branch in branches_of(block)]
+        learning = torch.tensor([_learns(branch) for branch in found], dtype=torch.bool)
+        left = [
+            1 - self._drawn(run, step, learning).float().mean() for step in range(min(run.total_steps, 500))
+        ]
+        return float(sum(left) / len(left)), float(max(left))
 
     def state(self) -> dict[str, Tensor]:
         """The branches of the next step."""

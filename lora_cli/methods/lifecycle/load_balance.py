@@ -33,6 +33,9 @@ class Settings(Section):
 class LoadBalance(Lifecycle):
     """Mean over the routers, so that `weight` means the same in a deep model."""
 
+    rehearsable = False
+    # What it adds up is of all blocks, of which a few are rehearsed; beside the experts it is nothing.
+
     def __init__(self, weight: float) -> None:
         """As in a recipe."""
         self.weight = weight

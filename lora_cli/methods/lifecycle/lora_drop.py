@@ -60,6 +60,10 @@ class LoRADrop(Lifecycle):
         self.deltas = run.adapter.lowrank
         self.optimizer = run.optimizer
 
+    def looks(self, run: Run, examples: int) -> dict[str, float]:
+        """At the inputs of one step."""
+        return {"inputs": run.train.batch_size}
+
     def stepped(self, run: Run) -> None:
         """Decide, and let those that share start afresh."""
         if run.step != max(round(self.after * run.total_steps), 1):

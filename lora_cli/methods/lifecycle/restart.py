@@ -75,10 +75,6 @@ class Settings(Section):
     )
 
 
-MOVES = True
-"""W of every layer is a float32 copy, which is written to."""
-
-
 class Restart(Lifecycle):
     """Counts steps; everything random follows from (seed, step)."""
 
@@ -111,6 +107,23 @@ class Restart(Lifecycle):
             return set(names)
         return drawn(names, self.layers, run.train.seed, step // self.every)
 
+    def looks(self, run: Run, examples: int) -> dict[str, float]:
+        """At the rows of a step for each restart, where a start is measured."""
+        kind = getattr(parts.load("init", run.adapter.plan.method.init.name), "measures", None)
+        return {kind: self._restarts(run) * run.train.batch_size} if kind else {}
+
+    def later(self, run: Run) -> float:
+        """What was absorbed, in float32, as long as it is smaller than W."""
+        found = 0
+        for layer in run.adapter.layers.values():
+            W, factors = layer.base.in_features * layer.base.out_features, layer.delta.factors()
+            size = W if factors is None else sum(factor.numel() for factor in factors)
+            found += 4 * size * min(self._restarts(run), (W - 1) // size)
+        return found
+
+    def _restarts(self, run: Run) -> int:
+        return (run.total_steps - 1) // self.every
+
     @torch.no_grad()
     def stepped(self, run: Run) -> None:
         """Merge and start again, unless the run is over."""
@@ -129,8 +142,11 @@ class Restart(Lifecycle):
             if isinstance(layer.delta, LowRank):
                 layer.delta.unfix()
             # On the CPU, where its generator is, as before the first step.
-            init.init(layer.delta.cpu(), Start(layer.base, generator, measured.get(name)), **settings)
-            layer.delta.to(layer.base_layer.weight.device)
+            device = layer.base_layer.weight.device
+            delta = layer.delta if device.type == "cpu" else layer.delta.cpu()  # see `inject._wrap`
+            init.init(delta, Start(layer.base, generator, measured.get(name)), **settings)
+            if device.type != "cpu":
+                delta.to(device)
             for key, parameter in layer.delta.named_parameters():
                 self._forget(run, key, parameter, before, layer.delta, name)
 

@@ -63,15 +63,28 @@ class ALoRA(Lifecycle):
         """The rows that importance is measured on, never to be learned."""
         return min(self.count, examples // 2)
 
-    def stepped(self, run: Run) -> None:
-        """A round, where one is due; none after the last step."""
+    def looks(self, run: Run, examples: int) -> dict[str, float]:
+        """Each round twice at all held-out rows for every component."""
+        passes = 2 * sum(len(delta.A) for delta in run.adapter.lowrank.values())
+        return {"loss": len(self._due(run)) * passes * self.held_out(examples, 0)}
+
+    def _due(self, run: Run) -> set[int]:
+        """The steps after which there is a round; none is after the last."""
         first = max(round(self.begin * run.total_steps), 1)
         left = run.total_steps - first
-        if run.step in {first + number * left // self.rounds for number in range(self.rounds)} and left:
+        return {first + number * left // self.rounds for number in range(self.rounds)} if left else set()
+
+    def stepped(self, run: Run) -> None:
+        """A round, where one is due."""
+        if run.step in self._due(run):
             self._move(run)
 
     def _move(self, run: Run) -> None:
         """Prune, and share out what is free."""
+        count = sum(len(delta.A) for delta in self.deltas.values())
+        run.say(
+            f"step {run.step}  alora weighs {count:,} components, each with two passes over the held-out rows"
+        )
         scores = ablate(run, self.deltas)
         kept = staying(scores)
         added = shared_out(scores, kept)

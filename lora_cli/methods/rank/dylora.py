@@ -33,6 +33,8 @@ class Settings(Section):
 class DyLoRA(Lifecycle):
     """Draws b between steps, from (seed, step)."""
 
+    rehearsable = False
+
     def __init__(self, frozen: bool) -> None:
         """As in a recipe."""
         self.frozen, self.b = frozen, torch.zeros((), dtype=torch.int64)

@@ -62,6 +62,10 @@ class PRILoRA(Lifecycle):
             A = delta.get_parameter("A")
             self.squares[name] = torch.zeros(A.shape[1], device=A.device)
 
+    def looks(self, run: Run, examples: int) -> dict[str, float]:
+        """At the inputs of a step for each pruning."""
+        return {"inputs": (run.total_steps - 1) // self.every * run.train.batch_size}
+
     def stepped(self, run: Run) -> None:
         """Prune, unless the run is over."""
         if run.step % self.every or run.step == run.total_steps:
