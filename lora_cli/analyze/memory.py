@@ -18,9 +18,11 @@ PER_WEIGHT = {
     "int8": 1.0 + 4 / 4096,
     "int4": 5.5 / 8,
     "nf4": 4.127 / 8,
+    "nf": 4.127 / 8,
 }
-"""Bytes of a stored weight. int8: a float32 scale a row, of about 4,096 weights. nf4: 4 bits, and 8 for a block of 64,
-and 32 for each 256 of these. arXiv:2305.14314 int4: 4 bits, and 48 for a group of 32."""
+"""Bytes of a stored weight. int8: a float32 scale a row, of about 4,096 weights. nf4, and nf where the recipe has no
+`model.bits`: 4 bits, and 8 for a block of 64, and 32 for each 256 of these. arXiv:2305.14314 int4: 4 bits, and 48 for a
+group of 32."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,17 @@ def at_most(model: PreTrainedModel, tokens: int, longest: int) -> float:
 def memory(rehearsal: Rehearsal, case: Case, device: Device) -> Memory:
     """Of a run on one device."""
     held, cost = rehearsal.held, rehearsal.cost(case.rows, case.recomputed)
-    gradients, kept, passing = held.gradients if case.several else 0, cost.kept, cost.peak - cost.kept
-    updating = rehearsal.update_peak - held.optimizer
-    if gradients + kept + passing < held.gradients + updating:  # as where a large model trains in full
-        gradients, kept, passing = held.gradients, 0.0, updating
+    # Those of the rows before, and where some tensors learn from held-out rows those of the others.
+    waiting = int(case.several) + int(rehearsal.run.bilevel)
+    gradients, kept, passing = held.gradients * waiting, cost.kept, cost.peak - cost.kept
+    between, begin = _beside(rehearsal, case)
+    if gradients + kept + passing < held.gradients + between:  # as where a large model trains in full
+        gradients, kept, passing = held.gradients, 0.0, between
+    passing = max(passing, begin - (held.adapter + gradients + held.optimizer + kept))
     found = Memory(
         process=device.floor,
         weights=held.weights,
-        adapter=held.adapter,
+        adapter=held.adapter + rehearsal.run.later,
         gradients=gradients,
         optimizer=held.optimizer,
         activations=kept,
@@ -95,10 +100,18 @@ def memory(rehearsal: Rehearsal, case: Case, device: Device) -> Memory:
     return stored(found, rehearsal, rehearsal.base) if rehearsal.base else found
 
 
+def _beside(rehearsal: Rehearsal, case: Case) -> tuple[float, float]:
+    """Bytes that are there for a moment between two steps, and before the first, where there is no adapter yet."""
+    run, longest = rehearsal.run, max(case.rows.lengths)
+    looks = [rehearsal.looking(kind, longest) for kind, rows in run.looks.items() if rows and kind != "loss"]
+    between = max(rehearsal.update_peak - rehearsal.held.optimizer, *looks, 0.0)
+    return between, rehearsal.looking(run.measures, longest) if run.measures else 0.0
+
+
 def stored(found: Memory, rehearsal: Rehearsal, kind: str) -> Memory:
     """The same with the linear layers of the blocks stored as `kind`, one of them laid out to compute with."""
     matrices = _matrices(rehearsal)
-    saved = sum(p.numel() * (p.element_size() - PER_WEIGHT[kind]) for p in matrices)
+    saved = sum(p.numel() * (p.element_size() - _per_weight(rehearsal, kind)) for p in matrices)
     largest = max((p.nbytes for p in matrices), default=0)
     return replace(found, weights=found.weights - saved, passing=found.passing + largest)
 
@@ -107,7 +120,15 @@ def decoding(rehearsal: Rehearsal) -> float:
     """Bytes that are read and written in a micro-batch to lay out quantised weights, forward and backward."""
     if rehearsal.base is None:
         return 0.0
-    return 2 * sum(p.numel() * (p.element_size() + PER_WEIGHT[rehearsal.base]) for p in _matrices(rehearsal))
+    coded = _per_weight(rehearsal, rehearsal.base)
+    return 2 * sum(p.numel() * (p.element_size() + coded) for p in _matrices(rehearsal))
+
+
+def _per_weight(rehearsal: Rehearsal, kind: str) -> float:
+    """Bytes of a weight stored as `kind`, as many as are asked for where that is what the recipe stores it as."""
+    if rehearsal.bits is not None and kind == rehearsal.base:
+        return rehearsal.bits / 8
+    return PER_WEIGHT[kind]
 
 
 def sharded(found: Memory, rehearsal: Rehearsal, devices: int) -> Memory:
@@ -137,7 +158,7 @@ def _shared(rehearsal: Rehearsal) -> tuple[list[float], float]:
         p.nbytes for each in found for p in each
     )
     blocks = [
-        sum(p.numel() * PER_WEIGHT[kind] if kind and p.ndim == 2 else p.nbytes for p in each)
+        sum(p.numel() * _per_weight(rehearsal, kind) if kind and p.ndim == 2 else p.nbytes for p in each)
         for each in found
     ]
     return blocks, ends

@@ -8,13 +8,12 @@ what a few of them did, phase by phase, is played back for the others.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import cycle, islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import Optimizer
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -22,20 +21,23 @@ from transformers.masking_utils import sdpa_mask
 from lora_cli import attention, parts, varlen
 from lora_cli import model as models
 from lora_cli.adapter import rules
-from lora_cli.adapter.inject import Adapter, inject
+from lora_cli.adapter.inject import inject
 from lora_cli.adapter.plan import Plan
 from lora_cli.adapter.quantised import Quantised
 from lora_cli.adapter.reading import reading
 from lora_cli.analyze.alike import looks, stand_ins
-from lora_cli.analyze.tally import Phase, Tally, aten
+from lora_cli.analyze.imagined import LONG, Imagined, found
+from lora_cli.analyze.tally import Phase, Tally, Work, aten
 from lora_cli.analyze.tape import Cost, Tape, apart, cut
 from lora_cli.blocks import blocks
 from lora_cli.data.example import Batch
 from lora_cli.errors import ExitCode, UnknownCostError, UserError
+from lora_cli.experts import SplitExperts
 from lora_cli.model import LanguageModel
 from lora_cli.parts import Part
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train import optim
+from lora_cli.train.elementwise import keep_less
 from lora_cli.train.head import parts as parts_of_head
 from lora_cli.train.loss import Loss
 from lora_cli.train.recompute import keep, recompute
@@ -96,6 +98,8 @@ def rehearsal(
     stored: torch.dtype,
     precision: torch.dtype,
     device: torch.device = CPU,
+    steps: int = LONG,
+    examples: int = LONG,
 ) -> Iterator["Rehearsal"]:
     """Everything that training needs, without weights; nothing is read but the model's configuration.
 
@@ -106,28 +110,32 @@ def rehearsal(
         stored: the type of the base's weights.
         precision: what the model computes in.
         device: what the run is to be on.
+        steps: of the whole run.
+        examples: that it is trained on.
     """
     eager = {"attn_implementation": "eager"} if recipe.model.attention == "eager" else {}
     tally = Tally()
-    with FakeTensorMode(), tally:
+    with FakeTensorMode(allow_non_fake_inputs=True), tally:
         model = models.skeleton(recipe.model, "cpu", dtype=stored, **eager)
         language = models.with_tokens(model, tokenizer, recipe.model)
         plan = plan_for(language)
         _refuse_codes(model)
+        tally.experts = max(
+            (len(each) for each in model.modules() if isinstance(each, SplitExperts)), default=0
+        )
         with _known():
             # First values of adapters ask whether all is finite, or how large something is, some of them until they
             # hear what they want: yes and no by turns, and not for ever.
             tally.answers = islice(cycle((1, 0)), 10_000)
             plain = _over_plain_weights(plan)
             adapter = inject(model, plain, recipe.train.seed, _statistics(plain))
-            if any(hasattr(parts.load("lifecycle", part.name), "MOVES") for part in plain.method.lifecycle):
-                for name in adapter.layers:
-                    adapter.move(name)
             tally.answers = iter(())
+            keep_less(model)
             model.train()
-            optimizer, base = optim.make(adapter, recipe.train), plan.method.base
-            quantised = base.name if base else None
-            rehearsed = Rehearsal(model, adapter, optimizer, precision, tally, quantised, device)
+            quantised = None if plan.method.base is None else plan.method.base.name
+            run = Imagined(model, adapter, optim.make(adapter, recipe.train), recipe.train)
+            rehearsed = Rehearsal(model, run, precision, tally, quantised, device, plan.budget)
+            run.total_steps, run.examples = steps, examples
         yield rehearsed
 
 
@@ -166,14 +174,13 @@ def _over_plain_weights(plan: Plan) -> Plan:
     init = plan.method.init
     asks = "base.quantized" in rules.stated("needs", "init", init)
     method = replace(plan.method, base=None, init=Part(name="kaiming") if asks else init)
-    return replace(plan, method=method, quantised=(), taken=False)
+    return replace(plan, method=method, quantised={}, taken=False, budget=None)
 
 
 def _statistics(plan: Plan) -> dict[str, Tensor]:
     """What an init would have measured."""
     kind = getattr(parts.load("init", plan.method.init.name), "measures", None)
-    rows = {spec.name: spec.in_features if kind == "inputs" else spec.out_features for spec in plan.layers}
-    return {spec.name: torch.empty(rows[spec.name], spec.in_features) for spec in plan.layers} if kind else {}
+    return found(kind, plan.layers) if kind else {}
 
 
 @dataclass
@@ -181,17 +188,26 @@ class Rehearsal:
     """A model about to take steps that cost nothing; only inside `rehearsal`."""
 
     model: PreTrainedModel
-    adapter: Adapter
-    optimizer: Optimizer
+    run: Imagined
     precision: torch.dtype
     tally: Tally
     base: str | None = None
     """What the linear layers of the blocks are quantised to; None where they are not."""
     device: torch.device = CPU
     """What the run is to be on."""
+    bits: float | None = None
+    """That a quantised weight takes on average, where each layer gets its own."""
 
     def __post_init__(self) -> None:
-        """Take the first update, so that gradients and the optimizer's memory are there."""
+        """Take the first update, so that gradients, what parts keep, and the optimizer's memory are there."""
+        self.adapter = self.run.adapter
+        part = self.adapter.plan.method.attention
+        axis = parts.load("attention", part.name)
+        self.attend = axis.make(self.model, **parts.settings("attention", part))
+        self.apart = hasattr(axis, "APART")
+        with unset_fake_temporarily():  # what they draw by lot has numbers
+            for lifecycle in self.run.rehearsed:
+                lifecycle.setup(self.run)
         own = {id(p): p for p in self.model.parameters()} | {
             id(p): p for p in self.adapter.originals.values()
         }
@@ -204,7 +220,7 @@ class Rehearsal:
             p.grad = torch.empty_like(p)
         gradients = sum(p.nbytes for p in trained)
         self.tally.mark()
-        self.optimizer.step()
+        self._update()
         update = self.tally.mark()
         self.update, self.update_peak = update.work, update.high
         """What an update computes; bytes that it takes for a moment, and those that stay."""
@@ -219,6 +235,23 @@ class Rehearsal:
         """For each block a number that it shares with those like it."""
         self.loss = Loss(self.model, 1.0 if self._multiplies_logits() else None, self._split)
 
+    def _update(self) -> None:
+        """What comes after the last micro-batch of a step."""
+        self.tally.answers = repeat(1)  # all is finite
+        with unset_fake_temporarily():
+            for lifecycle in self.run.rehearsed:
+                penalty = lifecycle.penalty(self.run)
+                if penalty is not None:
+                    penalty.backward()
+            for lifecycle in self.run.rehearsed:
+                lifecycle.gradients(self.run)
+            self.run.optimizer.step()
+            self.run.step += 1
+            for lifecycle in self.run.rehearsed:
+                lifecycle.stepped(self.run)
+        self.tally.answers = iter(())
+        self.adapter.absorbed = {name: [] for name in self.adapter.absorbed}  # of that `later` tells
+
     def cost(self, rows: Rows, recomputed: int = 0) -> Cost:
         """Of a micro-batch, where so many blocks are computed again, from the bottom.
 
@@ -230,6 +263,26 @@ class Rehearsal:
                 self.known[rows, recomputed] = self._cost(rows, recomputed)
         return self.known[rows, recomputed]
 
+    def look(self, kind: str, rows: Rows) -> Cost:
+        """Of a micro-batch that is looked at for what a part of the method asks; `kind`: see `Lifecycle.looks`."""
+        cost, layers = self.cost(rows), self.adapter.plan.layers
+        if kind in ("loss", "inputs"):
+            # The head multiplies once, where training does it forward and backward.
+            head = replace(cost.work["head"], products=cost.work["head"].products / 2)
+            beside = Work(products=sum(2.0 * rows.cells * spec.in_features**2 for spec in layers))
+            work = {"blocks": cost.forward + (beside if kind == "inputs" else Work()), "head": head}
+            return replace(cost, work=work)
+        of_W = Work(products=sum(2.0 * rows.cells * spec.in_features * spec.out_features for spec in layers))
+        return replace(cost, work=cost.work | {"blocks": cost.work["blocks"] + of_W})
+
+    def looking(self, kind: str, longest: int) -> float:
+        """Bytes that are there for a moment where the adapted layers are measured, one row at a time."""
+        measured = sum(tensor.nbytes for tensor in found(kind, self.adapter.plan.layers).values())
+        if kind == "inputs":
+            return measured
+        gradients = sum(layer.base.module.weight.nbytes for layer in self.adapter.layers.values())
+        return measured + gradients + self.cost(Rows((longest,), longest - 1, packed=False)).peak
+
     def _cost(self, rows: Rows, recomputed: int) -> Cost:
         if recomputed:
             recompute(self.model, recomputed)
@@ -240,7 +293,8 @@ class Rehearsal:
             key = rows, tuple(kinds[index] for index in chosen)
             if key not in self.tapes:
                 self.tapes[key] = self._tape(rows, chosen)
-            return self.tapes[key].played([chosen.index(index) for index in standing])
+            order = [chosen.index(index) for index in standing]
+            return self.tapes[key].played(order, self.run.again, *self.run.backward)
         finally:
             keep(self.model)
 
@@ -282,7 +336,7 @@ class Rehearsal:
 
     def _tape(self, rows: Rows, chosen: Sequence[int]) -> Tape:
         """Of one micro-batch through these blocks; of many documents in a row none is rehearsed by itself."""
-        if not rows.packed or len(rows.lengths) <= 2 or varlen.serves(self.model, self.device):
+        if not rows.packed or len(rows.lengths) <= 2 or self._in_one():
             return Tape.of(self._phases(rows, rows.lengths, chosen), len(chosen))
         tokens = sum(rows.lengths)
         one, two = (self._phases(rows, lengths, chosen) for lengths in ((tokens,), cut(tokens)))
@@ -293,12 +347,16 @@ class Rehearsal:
         """Forward and backward of one micro-batch, whose documents attend as if they had these lengths."""
         phases: list[Phase] = []
         batch = _batch(rows)
-        self.tally.lengths = rows.lengths
+        self.tally.lengths, self.run.again = rows.lengths, 0
         known = reading(self.model, batch.reading)
         with self._only(chosen), self._attention(rows, lengths), self._marked(chosen, phases), known:
             self.tally.mark()
             with models.computing(self.model, self.precision):
                 loss = self.loss.at(batch, CPU, *(torch.zeros(2, rows.trained, dtype=torch.int64)))
+            self.run.loss, self.run.learned = self.loss, rows.trained
+            for lifecycle in self.run.rehearsed:
+                added = lifecycle.loss(self.run, batch)
+                loss = loss if added is None else loss + added
             phases.append(self.tally.mark())
             loss.backward()
             phases.append(self.tally.mark())
@@ -332,22 +390,28 @@ class Rehearsal:
             for handle in handles:
                 handle.remove()
 
+    def _in_one(self) -> bool:
+        """Whether one kernel attends to all documents of a row, told where each ends."""
+        return self.attend is None and varlen.serves(self.model, self.device)
+
     @contextmanager
     def _attention(self, rows: Rows, lengths: Sequence[int]) -> Iterator[None]:
         """Let documents see what they see in training, where transformers decides by numbers that are not there."""
         before = str(self.model.config._attn_implementation)
         together = rows.packed and len(rows.lengths) > 1
         alike = len(set(rows.lengths)) == 1 and not together
-        told = together and varlen.serves(self.model, self.device)
+        told = together and self._in_one()
         ends = torch.zeros(len(rows.lengths) + 1, dtype=torch.int32)
         documents = varlen.Documents(rows.lengths, ends, self.device)
-        if before == "eager" or not (together or alike):
+        if before == "eager" or not (together or alike or self.attend):
             yield
             return
 
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
         ) -> tuple[Tensor, Tensor | None]:
+            if self.attend is not None:
+                return self._attended(lengths, module, query, key, value, mask, settings), None
             if told:
                 return varlen.attend(module, query, key, value, mask, documents, **settings)
             window = settings.get("sliding_window")
@@ -362,6 +426,24 @@ class Rehearsal:
             yield
         finally:
             self.model.set_attn_implementation(before)
+
+    def _attended(
+        self,
+        lengths: Sequence[int],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        settings: dict[str, Any],
+    ) -> Tensor:
+        """What a part of the attention axis makes of it; one that takes documents apart is given each by itself."""
+        attend, groups = self.attend, query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
+        if mask is None or len(mask) > 1 or not self.apart:
+            return attend(module, query, key, value, mask, settings)
+        each = zip(*(t.split(list(lengths), 2) for t in (query, key, value)), strict=True)
+        return torch.cat([attend(module, *piece, None, settings) for piece in each], 1)
 
     def _split(self, positions: int, vocabulary: int, _: str) -> Iterator[slice]:
         """The positions that the head computes at once, of which the second lot stands for all but first and last."""

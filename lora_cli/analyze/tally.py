@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.attention.varlen  # registers its operations
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -87,6 +88,8 @@ class Tally(TorchDispatchMode):
         """What tensors without numbers say when they are asked for their only one."""
         self.seen: list[Any] = []
         """Operations, in order."""
+        self.experts = 0
+        """Among how many a mixture that was taken apart shares out its tokens."""
         self.lengths: Sequence[int] = ()
         """Tokens of each document in the row at hand; a kernel for all of them is given that in a tensor."""
 
@@ -98,12 +101,14 @@ class Tally(TorchDispatchMode):
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         for tensor in given:  # was there before, if it was not seen to be made
             self._hold(tensor.untyped_storage(), 0)
-        made = operation(*args, **kwargs)
-        self.seen.append(operation._overloadpacket)
+        packet = operation._overloadpacket
+        made = self._without_numbers(packet, args, kwargs)
+        if made is None:
+            made = operation(*args, **kwargs)
+        self.seen.append(packet)
         got = [each for each in tree_leaves(made) if isinstance(each, Tensor)]
         for tensor in got:
             self._hold(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
-        packet = operation._overloadpacket
         if packet in VARLEN:
             done = Work(attention=VARLEN[packet](self.lengths, operation, args, kwargs), launches=1)
         else:
@@ -111,6 +116,18 @@ class Tally(TorchDispatchMode):
         if done is not None:
             self.work += done if self.times == 1 else done * self.times
         return made
+
+    def _without_numbers(self, packet: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """What comes of fake tensors where PyTorch has no rule for its shape; None where it has."""
+        if not isinstance(args[0] if args else None, FakeTensor):
+            return None
+        if packet is aten._grouped_mm:  # its rule is for 16 bits alone
+            a, b = args[:2]
+            groups = kwargs.get("offs", args[2] if len(args) > 2 else None)
+            return a.new_empty(*([len(groups)] if b.ndim == 2 else []), a.shape[-2], b.shape[-1])
+        if packet is aten.nonzero and self.experts:  # which tokens an expert is given: as many as every other
+            return args[0].new_empty(-(-args[0].numel() // self.experts), args[0].ndim, dtype=torch.int64)
+        return None
 
     def mark(self) -> Phase:
         """End a phase and begin the next; returns the one that is over."""

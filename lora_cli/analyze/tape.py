@@ -16,6 +16,8 @@ class Cost:
     """Bytes at the highest point, without what is held."""
     work: dict[str, Work]
     """Stage (blocks, head) -> what is computed."""
+    forward: Work
+    """Of it what leads to what the head reads, once."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,32 @@ class Tape:
         norm, head, turn, *backward = phases[blocks + 1 :]
         return cls(phases[0], phases[1 : blocks + 1], norm, head, turn, backward)
 
-    def played(self, order: Sequence[int]) -> Cost:
-        """What it costs to go through blocks that are like these of the tape, from the bottom."""
-        backward = dict(zip(reversed(range(len(self.forward))), self.backward, strict=False))
+    def played(self, order: Sequence[int], again: int = 0, backward: float = 1.0, most: float = 1.0) -> Cost:
+        """What it costs to go through blocks that are like these of the tape, from the bottom.
+
+        Args:
+            order: the blocks.
+            again: forward passes more, whose blocks keep nothing.
+            backward: share of the backward pass of the blocks that is computed, on average.
+            most: at the time when memory is highest.
+        """
+        below = dict(zip(reversed(range(len(self.forward))), self.backward, strict=False))
         ahead = [self.before, *(self.forward[index] for index in order), self.norm, self.head]
-        back = [self.turn, *(backward[index] for index in reversed(order) if index in backward)]
+        back = [self.turn, *(below[index] for index in reversed(order) if index in below)]
+        of_blocks = range(1, len(order) + 1), range(len(ahead) + 1, len(ahead) + len(back))
         live = kept = peak = 0
         for number, phase in enumerate((*ahead, *back)):
             kept = live if number == len(ahead) else kept
             peak = max(peak, live + phase.high)
-            live += phase.left
+            live += round(phase.left * most) if any(number in each for each in of_blocks) else phase.left
         head = self.head.work + Work(products=self.turn.work.products)
-        every = sum((phase.work for phase in (*ahead, *back)), Work())
-        return Cost(kept, peak, {"blocks": every - head, "head": head})
+        forward = _work(ahead[:-1])
+        every = forward * (1 + again) + _work([self.head, self.turn]) + _work(back[1:]) * backward
+        return Cost(kept, peak, {"blocks": every - head, "head": head}, forward)
+
+
+def _work(phases: Sequence[Phase]) -> Work:
+    return sum((phase.work for phase in phases), Work())
 
 
 def cut(tokens: int) -> tuple[int, int]:

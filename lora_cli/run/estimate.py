@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_cli import attention
+from lora_cli import attention, parts
 from lora_cli import model as models
 from lora_cli.analyze import calibrate, devices
 from lora_cli.analyze.devices import Device
 from lora_cli.analyze.duration import Rates, computed_pairs, seconds
+from lora_cli.analyze.imagined import LONG
 from lora_cli.analyze.memory import (
     Case,
     Memory,
@@ -28,6 +29,7 @@ from lora_cli.analyze.memory import (
 from lora_cli.analyze.rehearse import Rehearsal, Rows, rehearsal
 from lora_cli.analyze.steps import Documents, steps_of
 from lora_cli.analyze.tally import Work
+from lora_cli.analyze.tape import Cost
 from lora_cli.data.pack import epoch_order
 from lora_cli.errors import UserError
 from lora_cli.recipe.load import Loaded
@@ -88,7 +90,7 @@ def estimate(
         shapes = calibrate.shapes_of(models.skeleton(recipe.model))
         target = calibrate.calibrated(shapes, kind, _name(_precision(recipe, kind)), token_budget(kind))
     about = f"rehearsing {recipe.model.name} without its weights"
-    with screen.waiting(about), _rehearsed(recipe, tokenizer, kind) as rehearsed:
+    with screen.waiting(about), _rehearsed(recipe, tokenizer, kind, data) as rehearsed:
         steps = _steps(rehearsed, data, recipe, kind, gpus)
         case = largest(rehearsed, recipe.train, steps)
         found = sharded(memory(rehearsed, case, target), rehearsed, gpus if shard else 1)
@@ -160,7 +162,7 @@ def _has_tokenizer(recipe: Recipe) -> bool:
 
 
 @contextmanager
-def _rehearsed(recipe: Recipe, tokenizer: Any, device: torch.device) -> Iterator[Rehearsal]:
+def _rehearsed(recipe: Recipe, tokenizer: Any, device: torch.device, data: Data) -> Iterator[Rehearsal]:
     """The run in the types that it would have on the device."""
     with rehearsal(
         recipe,
@@ -169,6 +171,8 @@ def _rehearsed(recipe: Recipe, tokenizer: Any, device: torch.device) -> Iterator
         stored=_stored(recipe, device),
         precision=_precision(recipe, device),
         device=device,
+        steps=data.steps or LONG,
+        examples=len(data.documents) if data.read else LONG,
     ) as rehearsed:
         yield rehearsed
 
@@ -232,23 +236,66 @@ def pace(
     kind = _name(rehearsed.precision)
     if device.rate(kind) == 0:
         return None
-    rates = Rates.of(rehearsed.cost(case.rows, case.recomputed), case.rows)
-    decoded = Work(moved=decoding(rehearsed))
-    taken, work, tokens = 0.0, Work(), 0
-    for rows, count in Counter(rows for step in steps for rows in step).items():
-        done = rates.work(rows) + decoded
-        taken += count * seconds(done, device, kind, computed_pairs(device, rows.lengths))
-        work, tokens = work + done * count, tokens + count * sum(rows.lengths)
-    for batches, count in Counter(map(len, steps)).items():
+    batches = Counter(rows for step in steps for rows in step)
+    found = _passes(rehearsed, rehearsed.cost(case.rows, case.recomputed), case.rows, batches, device)
+    share = 1 + rehearsed.run.doubled
+    taken, work = found[0] * share, found[1] * share
+    tokens = share * sum(count * sum(rows.lengths) for rows, count in batches.items())
+    for number, count in Counter(map(len, steps)).items():
         taken += count * seconds(rehearsed.update, device, kind)
-        taken += count * _sent(rehearsed, batches, gpus, shard) / LINKS
+        taken += count * _sent(rehearsed, number, gpus, shard) / LINKS
+    work += rehearsed.update * len(steps)
+    once = len(steps) / rehearsed.run.total_steps
+    for what, rows in rehearsed.run.looks.items():
+        looked = _looks(rehearsed, what, case, batches, device)
+        taken, work = taken + once * rows * looked[0], work + looked[1] * (once * rows)
+    first, start = rehearsed.run.measures, 0.0
+    if first is not None:
+        init = rehearsed.adapter.plan.method.init
+        rows = parts.settings("init", init).get("rows", prepare.MEASURED_ROWS)
+        start = rows * _looks(rehearsed, first, case, batches, device)[0]
     # A step of all devices takes as long as that of one, which has its share of the rows.
     return Pace(
         tokens_per_second=gpus * tokens / taken,
-        seconds=None if total is None else total * taken / len(steps),
+        seconds=None if total is None else start + total * taken / len(steps),
         flops_per_token=work.flops / tokens,
         of_products=work.flops / taken / device.rate(kind),
     )
+
+
+def _passes(
+    rehearsed: Rehearsal, cost: Cost, rows: Rows, batches: Mapping[Rows, int], device: Device
+) -> tuple[float, Work]:
+    """Seconds and work of micro-batches, each as often as it is there, from the cost of one of them."""
+    rates, decoded = Rates.of(cost, rows), Work(moved=decoding(rehearsed))
+    taken, work = 0.0, Work()
+    for each, count in batches.items():
+        done = rates.work(each) + decoded
+        taken += count * seconds(
+            done, device, _name(rehearsed.precision), computed_pairs(device, each.lengths)
+        )
+        work += done * count
+    return taken, work
+
+
+def _looks(
+    rehearsed: Rehearsal, what: str, case: Case, batches: Counter[Rows], device: Device
+) -> tuple[float, Work]:
+    """Seconds and work of looking at one row, on average; what is measured of layers is so one row at a time."""
+    if what != "loss":
+        batches = _one_by_one(batches)
+    taken, work = _passes(rehearsed, rehearsed.look(what, case.rows), case.rows, batches, device)
+    rows = sum(len(each.lengths) * count for each, count in batches.items())
+    return taken / rows, work * (1 / rows)
+
+
+def _one_by_one(batches: Mapping[Rows, int]) -> Counter[Rows]:
+    """The rows of these micro-batches, one at a time."""
+    found = Counter[Rows]()
+    for rows, count in batches.items():
+        for length in rows.lengths:
+            found[Rows((length,), round(rows.trained * length / sum(rows.lengths)), packed=False)] += count
+    return found
 
 
 def _sent(rehearsed: Rehearsal, batches: int, gpus: int, shard: bool) -> float:
@@ -283,7 +330,7 @@ def _alone(found: Memory) -> float:
 MEANING = {
     "process": "libraries, or the context of a GPU",
     "weights": "of the model, as they are stored",
-    "adapter": "what trains, in float32",
+    "adapter": "what trains, in float32, and what the method keeps",
     "gradients": "that wait for the other micro-batches of a step",
     "optimizer": "its memory of what trains",
     "activations": "kept for the backward pass",
