@@ -15,7 +15,11 @@ import torch
 from lora_cli import parts
 from scripts import readme
 
-TESTS = ("tests/test_core_conformance.py", "tests/test_methods_combine.py")
+TESTS = (
+    "tests/test_core_conformance.py",
+    "tests/test_methods_combine.py",
+    "tests/test_methods_stored.py",  # bases that only come with a model's files
+)
 LAYERS = {
     "linear": "linear",
     "conv1d": "conv1d",
