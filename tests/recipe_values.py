@@ -31,7 +31,8 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "model.name": WORD,
     "model.revision": or_null(WORD),
     "model.dtype": DTYPE,
-    "model.quantize": or_null(st.sampled_from(["none", "nf4", "int4", "int8"])),
+    "model.quantize": or_null(st.sampled_from(["none", "nf4", "nf", "int4", "int8"])),
+    "model.bits": or_null(st.floats(2.127, 9)),
     "model.attention": st.sampled_from(["auto", "eager", "sdpa", "flash_attention_2"]),
     "model.add_tokens": st.lists(WORD, max_size=2),
     "model.untie": FLAG,
@@ -93,6 +94,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "train.max_grad_norm": or_null(POSITIVE),
     "train.precision": DTYPE,
     "train.gradient_checkpointing": st.one_of(FLAG, COUNT),
+    "train.compile": FLAG,
     "train.on_no_fit": st.sampled_from(["adapt", "warn", "error"]),
     "train.seed": st.integers(0, 2**31 - 1),
     "train.deterministic": FLAG,
@@ -138,6 +140,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "model.revision": TEXT_WRONG,
     "model.dtype": CHOICE_WRONG,
     "model.quantize": ("nf5", 4, True, ["nf4"], {"nf4": 1}),
+    "model.bits": (2, 9.5, *NUMBER_WRONG),
     "model.attention": CHOICE_WRONG,
     "model.add_tokens": LIST_WRONG,
     "model.untie": FLAG_WRONG,
@@ -199,6 +202,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "train.max_grad_norm": (0, *NUMBER_WRONG),
     "train.precision": CHOICE_WRONG,
     "train.gradient_checkpointing": (*FLAG_WRONG[:3], *FLAG_WRONG[4:], -1, 1.5),
+    "train.compile": FLAG_WRONG,
     "train.on_no_fit": CHOICE_WRONG,
     "train.seed": (2**31, *COUNT_WRONG[1:]),
     "train.deterministic": FLAG_WRONG,
@@ -232,6 +236,8 @@ def recipes(draw: st.DrawFn, share: float = 0.3) -> dict[str, Any]:
     values = {key: draw(RIGHT[key]) for key in RIGHT if key in chosen}
     if values.get("data.eval") is not None:
         values |= {key: draw(RIGHT[key]) for key in NEEDS_HELD_OUT}
+    if values.get("model.bits") is not None:
+        values["model.quantize"] = "nf"
     return {key: values[key] for key in RIGHT if key in values}
 
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,22 @@ def test_what_cannot_be_asked_is_said(run):
             generate(run, wanted, Screen())
     with pytest.raises(UserError, match="the prompt is empty"):
         generate(run, Generation("", None), Screen())
+
+
+def test_a_folder_of_the_command_line_that_is_no_model_is_what_is_at_fault(base, run, tmp_path):
+    """Not `model.name`: there is no recipe."""
+    (tmp_path / "empty").mkdir()
+    for nothing in (tmp_path / "nowhere", tmp_path / "empty", Path("no/such/folder")):
+        with pytest.raises(UserError, match=nothing.name) as refused:
+            generate(nothing, Generation("a", None), Screen())
+        assert refused.value.where == str(nothing)
+        with pytest.raises(UserError, match=nothing.name) as refused:
+            generate(run, Generation("a", None), Screen(), base=str(nothing))
+        assert refused.value.where == "--base"
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError) as refused:
+        generate(run, Generation("a", None), Screen())
+    assert refused.value.where == str(run / "adapter" / files.CONFIG)
 
 
 # Several adapters on one base

@@ -114,8 +114,13 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     "model.dtype": Case("adapter", "bfloat16"),
     "model.quantize": (
         Case("adapter", "nf4"),
+        Case("adapter", "nf"),
         Case("refused", "none", {"adapter.method": "qlora"}, "would be lora"),
         Case("refused", "int8", {"adapter.lifecycle": "restart", "train.max_steps": 6}, "quantise"),
+    ),
+    "model.bits": (
+        Case("adapter", 3, {"model.quantize": "nf"}),
+        Case("refused", 3, told="shared out by 'quantize: nf' only"),
     ),
     "model.attention": (Case("screen", "eager"), Case("adapter", "eager", {"data.packing": False})),
     "model.add_tokens": Case("adapter", ["<|think|>"]),
@@ -404,8 +409,8 @@ MEASURED: dict[str, Case] = {
     "eval.batch_size": Case("computed", 3, WRITES),
     "eval.max_new_tokens": Case("measured", 9, WRITES),
 }
-ELSEWHERE = ("compare", "train.on_no_fit", "train.deterministic")
-"""Keys with a test of their own, below."""
+ELSEWHERE = ("compare", "train.on_no_fit", "train.deterministic", "train.compile")
+"""Keys with a test of their own, below, and in test_train_compiled.py."""
 
 
 def all_keys() -> list[str]:

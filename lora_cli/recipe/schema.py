@@ -186,12 +186,18 @@ class ModelRecipe(Section):
         description="How the base is stored in memory; auto: bfloat16 on GPUs that have it, and on CPUs that have it "
         "where the model's files are bfloat16 too; else float32.",
     )
-    quantize: Literal["none", "nf4", "int4", "int8"] | None = Field(
+    quantize: Literal["none", "nf4", "nf", "int4", "int8"] | None = Field(
         default=None,
         description="Keep the weights of linear layers, but the output head, in few bits: nf4 (4.13 bits a weight), "
-        "int4 (5.5, with zero points) or int8; they are quantised after the start of A and B. Default: the method's, "
-        "none for most.",
+        "nf (as many as `bits` says), int4 (5.5, with zero points) or int8; they are quantised after the start of A "
+        "and B. Default: the method's, none for most.",
         examples=["nf4"],
+    )
+    bits: Annotated[float, Field(ge=2.127, le=9)] | None = Field(
+        default=None,
+        description="With `quantize: nf`, how many bits a weight takes on average, all included: each layer gets 2, 3, "
+        "4 or 8 of its own, such that the squared errors of all sum up to the least. Default: 4.13, each layer the "
+        "same.",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         default="auto",
@@ -444,6 +450,12 @@ class TrainRecipe(Section):
         "blocks; a number: in so many, from the bottom.",
         examples=[12],
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the pieces of each block by torch.compile when they are first used, which takes minutes; "
+        "evaluation and generation run without. For LoRA and DoRA over a base that is not quantised. Needs a C++ "
+        "compiler, on a GPU Triton; numbers differ by rounding.",
+    )
     on_no_fit: Literal["adapt", "warn", "error"] = Field(
         default="adapt",
         description="Where the run would need more memory than is free; adapt: recompute as many blocks as it takes, "
@@ -573,6 +585,8 @@ class Recipe(Section):
                 yield f"'train.{key}' needs held-out rows; set 'data.eval' or 'data.eval_fraction'"
         if self.eval.samples and not held_out:
             yield "'eval.samples' needs held-out rows; set 'data.eval' or 'data.eval_fraction'"
+        if self.model.bits is not None and self.model.quantize != "nf":
+            yield "'model.bits' are shared out by 'quantize: nf' only; set that too, or leave 'model.bits' out"
         if self.train.parallel == "fsdp" and "everything" in self.adapter.train_also:
             yield (
                 "'train.parallel' fsdp shares out what is frozen, and 'adapter.train_also' everything leaves nothing; "

@@ -64,7 +64,9 @@ def evaluate(
     recipe = _recipe(path, recipe_path, overrides)
     device = best_device()
     kept = prepare.model_of(recipe)
-    opened = open_model([path], base=base, dtype=kept.dtype, device=device, quantize=kept.quantize)
+    opened = open_model(
+        [path], base=base, dtype=kept.dtype, device=device, quantize=kept.quantize, bits=kept.bits
+    )
     with tempfile.TemporaryDirectory() as scratch:
         rows = _held_out(recipe, opened, prepare.cache_folder(_run_folder(path) or Path(scratch)))
         measured = {

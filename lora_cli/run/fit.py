@@ -12,6 +12,7 @@ from lora_cli import attention
 from lora_cli import model as models
 from lora_cli.adapter.quantised import Quantised
 from lora_cli.analyze import devices
+from lora_cli.analyze.imagined import LONG
 from lora_cli.analyze.memory import (
     Case,
     at_most,
@@ -105,6 +106,8 @@ def _rehearsed(
         stored=models.stored_dtype(recipe.model, device),
         precision=prepare.precision_of(recipe, language.model, device),
         device=device,
+        steps=recipe.train.max_steps or LONG,
+        examples=len(examples),
     ) as rehearsed:
         case = largest(rehearsed, recipe.train, steps)
         whole = memory(rehearsed, case, target)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_cli import attention, io_ops, parts, presets
+from lora_cli import attention, io_ops, kernels, parts, presets
 from lora_cli import model as models
 from lora_cli.adapter import files, peft_format, rules
 from lora_cli.adapter import plan as plans
@@ -22,7 +22,8 @@ from lora_cli.errors import ExitCode, UserError
 from lora_cli.model import DTYPES, LanguageModel
 from lora_cli.recipe.schema import ModelRecipe, Recipe, TrainRecipe
 from lora_cli.screen import Screen
-from lora_cli.train import optim
+from lora_cli.train import compiled, optim
+from lora_cli.train.elementwise import keep_less
 from lora_cli.train.loop import Training
 from lora_cli.train.measure import measure
 from lora_cli.train.processes import Processes
@@ -57,6 +58,8 @@ def check_method(recipe: Recipe) -> None:
     if method.base is not None and recipe.model.split_experts:
         what, fix = "experts that are taken apart stay as they are stored", "leave one of the two out"
         raise UserError(f"{what}, and would not be quantised", where="model.split_experts", fix=fix)
+    if recipe.train.compile:
+        compiled.check(recipe, method)
 
 
 def _refuse_plain(recipe: Recipe) -> None:
@@ -104,6 +107,7 @@ def plan_for(recipe: Recipe, language: LanguageModel) -> Plan:
         untied=recipe.model.untie,
         optimizer=recipe.train.optimizer,
         quantize=recipe.model.quantize,
+        bits=recipe.model.bits,
     )
 
 
@@ -176,6 +180,9 @@ def training(
         adapter = inject(language.model, plan, recipe.train.seed, statistics, advance=counter.advance)
     if plan.quantised and not shared:
         language.model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
+    if not recipe.train.compile:  # compiled code fuses by itself, and sees what is worth keeping
+        _fuse(language.model, accelerator.device, precision, screen)
+        keep_less(language.model)
     shares = share_out(language.model, adapter, accelerator) if shared else None
     with models.computing(language.model):
         packing = _packs(recipe, language.model)
@@ -183,7 +190,7 @@ def training(
     if asked := recipe.train.gradient_checkpointing:
         recompute(language.model, None if asked is True else asked)
     language.model.train()
-    return Training(
+    run = Training(
         model=language.model,
         adapter=adapter,
         examples=datasets.train,
@@ -194,7 +201,24 @@ def training(
         packing=packing,
         pad_id=language.pad_id,
         shares=shares,
+        say=screen.note,
     )
+    if recipe.train.compile:  # last: what was tried out before is not worth compiling
+        compiled.compile_blocks(language.model)
+    return run
+
+
+def _fuse(model: PreTrainedModel, device: torch.device, precision: torch.dtype, screen: Screen) -> None:
+    """Compute norms and gated activations by kernels where there are some that do what they should, and say so."""
+    if not kernels.serve(device):
+        return
+    try:
+        count = kernels.use(model, device, precision)
+    except kernels.UnfitError as error:
+        screen.warn(f"training without liger-kernel, which does not work here: {error}")
+        return
+    if count:
+        screen.note(f"liger-kernel computes {count} norms and gated activations")
 
 
 def _packs(recipe: Recipe, model: PreTrainedModel) -> bool:
@@ -236,7 +260,7 @@ def _measured(
     statistics = measure(
         init.measures,
         language.model,
-        {spec.name: peft_format.base_of(language.model, spec.name) for spec in plan.layers},
+        {name: peft_format.base_of(language.model, name) for name in plan.measured},
         datasets.train,
         [int(row) for row in order[: settings.get("rows", MEASURED_ROWS)]],
         precision=precision,

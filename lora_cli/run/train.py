@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_cli import io_ops
 from lora_cli import model as models
+from lora_cli.adapter import bits
 from lora_cli.adapter.portable import Portable
 from lora_cli.data.example import Batch
 from lora_cli.data.load import Datasets
@@ -25,6 +26,7 @@ from lora_cli.run.stop import BrokenOff, Stop, stop_signals
 from lora_cli.run.trackers import Trackers
 from lora_cli.screen import Screen, duration, size
 from lora_cli.train import checkpoint
+from lora_cli.train.compiled import as_written, explained
 from lora_cli.train.exact import exactly
 from lora_cli.train.gradient import token_budget
 from lora_cli.train.loop import StepReport, Training, train_steps
@@ -71,7 +73,8 @@ def train(recipe: Recipe, screen: Screen, resume: bool = False, allowed: Collect
             if held is not None:
                 origin.write(folder, recipe, held)
             story.announce()
-            story.steps()
+            with explained(recipe.train.compile):
+                story.steps()
             return story.finish()
 
 
@@ -125,9 +128,12 @@ class Story:
         )
         base = run.adapter.plan.method.base
         if base is not None:
-            count = len(run.adapter.plan.quantised)
+            count, each = len(run.adapter.plan.quantised), ""
+            if self.recipe.model.bits is not None:
+                kinds = bits.by_kind(run.model)
+                each = f" (bits a weight: {', '.join(f'{kind} {mean:.3g}' for kind, mean in kinds.items())})"
             self.screen.note(
-                f"{count} layers in {base.name}; the model takes {size(models.bytes_of(run.model))}B"
+                f"{count} layers in {base.name}{each}; the model takes {size(models.bytes_of(run.model))}B"
             )
         rows = "packed" if run.packing else "padded"
         together = f", {run.processes.size} processes" if run.processes.size > 1 else ""
@@ -193,7 +199,8 @@ class Story:
 
     def evaluate(self, trackers: Trackers, stop: Stop) -> bool:
         """Measure the loss on the held-out rows, unless somebody asks to stop; True when it is the best so far."""
-        found = self.held_out_loss(stop)
+        with as_written(self.recipe.train.compile):
+            found = self.held_out_loss(stop)
         if found is None:
             return False
         step, best = self.run.step, self.progress.best_loss
@@ -206,7 +213,8 @@ class Story:
         else:
             self.progress.worse_in_a_row, self.progress.evaluated = self.progress.worse_in_a_row + 1, step
         if self.recipe.eval.samples:
-            stop.unless_asked(self.show_samples)
+            with as_written(self.recipe.train.compile):
+                stop.unless_asked(self.show_samples)
             self.run.processes.wait()
         return improved
 
