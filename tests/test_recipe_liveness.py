@@ -120,7 +120,7 @@ TRAINED: dict[str, Case | tuple[Case, ...]] = {
     ),
     "model.bits": (
         Case("adapter", 3, {"model.quantize": "nf"}),
-        Case("refused", 3, told="shared out by 'quantize: nf' only"),
+        Case("refused", 3, told="shared out by 'model.quantize' nf only"),
     ),
     "model.attention": (Case("screen", "eager"), Case("adapter", "eager", {"data.packing": False})),
     "model.add_tokens": Case("adapter", ["<|think|>"]),

@@ -586,7 +586,7 @@ class Recipe(Section):
         if self.eval.samples and not held_out:
             yield "'eval.samples' needs held-out rows; set 'data.eval' or 'data.eval_fraction'"
         if self.model.bits is not None and self.model.quantize != "nf":
-            yield "'model.bits' are shared out by 'quantize: nf' only; set that too, or leave 'model.bits' out"
+            yield "'model.bits' are shared out by 'model.quantize' nf only; set that too, or leave 'model.bits' out"
         if self.train.parallel == "fsdp" and "everything" in self.adapter.train_also:
             yield (
                 "'train.parallel' fsdp shares out what is frozen, and 'adapter.train_also' everything leaves nothing; "

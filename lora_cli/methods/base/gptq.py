@@ -31,13 +31,14 @@ class Layer(Grouped):
             (self.out_features, self.in_features),
         )
         codes, zeros, scales = (saved[name] for name in ("qweight", "qzeros", "scales"))
-        group = saved["g_idx"] if "g_idx" in saved else in_order(inputs, size)
+        in_line = in_order(inputs, size)
+        group = saved.get("g_idx", in_line)
         whole = (_words(inputs, bits), out), (len(scales), _words(out, bits)), (len(scales), out), (inputs,)
         if tuple(tuple(each.shape) for each in (codes, zeros, scales, group)) != whole:
             raise ValueError(f"codes of another shape than {out}×{inputs} in {bits} bits")
         if {codes.dtype, zeros.dtype} != {torch.int32} or not scales.is_floating_point():
             raise ValueError("codes or scales of another type than int32 and a floating one")
-        uneven = "g_idx" not in saved and int(group.max()) + 1 != len(scales)
+        uneven = group is in_line and int(group.max()) + 1 != len(scales)
         if group.min() < 0 or group.max() >= len(scales) or uneven:
             raise ValueError(f"inputs in other groups than the {len(scales)} that there are")
         zero = _zeros(zeros, bits, less_one=_form(stored) == "gptq")[:, :out]
