@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lora_cli import model as models
 from lora_cli.adapter import inject, plan
@@ -111,3 +112,20 @@ def test_a_choice_of_modules_is_refused_where_everything_trains_anyway(key, valu
         plan.make(AdapterRecipe(method="full", **{key: value}), model, ends)
     alone = plan.make(AdapterRecipe(method="full", train_also=(), **{key: value}), model, ends)
     assert 0 < len(alone.also) < len(plan.make(AdapterRecipe(method="full"), model, ends).also)
+
+
+def test_a_router_that_is_a_linear_layer_and_returns_more_is_left_alone():
+    model, adapter = adapted_model("phimoe")
+    assert not [name for name in adapter.layers if name.endswith("router")]
+    model(IDS, labels=IDS).loss.backward()
+    with pytest.raises(UserError, match="'router' matches no module"):
+        adapted_model("phimoe", target_modules=("router",))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_of_another_class_is_known_by_what_it_gives(bias):
+    plain = FalconLinear(6, 4, bias=bias)
+    kind, view = plan.view_of(plain)
+    x = torch.randn(3, 6)
+    assert kind == "linear"
+    torch.testing.assert_close(view(x), torch.nn.functional.linear(x, plain.weight, plain.bias))

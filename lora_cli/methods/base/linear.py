@@ -1,11 +1,25 @@
 """linear: torch.nn.Linear, stored as [out, in]."""
 
+import torch
 from torch import Tensor, nn
 
 from lora_cli.adapter.base import Base
 from lora_cli.adapter.fused import narrow
 
 wraps = nn.Linear
+
+
+def fits(module: nn.Linear) -> bool:
+    """Whether it computes a product and nothing else: some routers of transformers are a Linear that returns more."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in module.named_parameters()}
+    x = torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
+    try:
+        y = torch.func.functional_call(module, weights, x)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, module.out_features)
 
 
 class View(Base):
