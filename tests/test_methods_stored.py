@@ -307,6 +307,16 @@ def test_a_code_that_has_changed_is_noticed(tmp_path, rows_file):
     assert "its files hold other codes" in str(refused(folder, tmp_path / "merged", ExitCode.MODEL))
 
 
+def test_an_adapter_that_quantises_its_base_is_opened_on_a_plain_one_only(tmp_path, rows_file):
+    stored_as(tmp_path, "gptq")
+    asked = recipe(tmp_path / "plain", rows_file, tmp_path / "run")
+    quantising = asked.model.model_copy(update={"quantize": "nf"})
+    folder = train(asked.model_copy(update={"model": quantising}), SCREEN)
+    with pytest.raises(UserError, match="stored in gptq already") as caught:
+        open_model([folder], base=str(tmp_path / "base"))
+    assert (caught.value.where, "plain" in caught.value.fix) == ("--base", True)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 

@@ -95,9 +95,13 @@ def named_by(where: str) -> Generator[None]:
     try:
         yield
     except UserError as error:
-        if error.where != "model.name":
+        fixes = {
+            "model.name": error.fix,
+            "model.quantize": "give the plain model: it is quantised when it is loaded",
+        }
+        if error.where not in fixes:
             raise
-        raise UserError(error.what, where=where, fix=error.fix, code=error.code) from error
+        raise UserError(error.what, where=where, fix=fixes[error.where], code=error.code) from error
 
 
 def best_device() -> torch.device:
