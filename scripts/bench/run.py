@@ -186,10 +186,17 @@ def run_json(line: list[str]) -> dict[str, Any]:
     return json.loads(made.stdout.splitlines()[-1])
 
 
+VECTORS = {"avx512_bf16": "AVX-512 with bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
+"""What the products of a processor hang on: the flag of its widest instructions, as Linux names it."""
+
+
 def device() -> str:
-    """The processor's name and its cores."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    """The processor's name, as a rented machine tells it without its model, its vectors and its cores."""
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names, flags = (re.findall(rf"{key}\s*: (.*)", told) for key in ("model name", "flags"))
+    widest = next((name for flag, name in VECTORS.items() if flags and flag in flags[0].split()), None)
+    kind = f"{names[0] if names else platform.machine()}{f' ({widest})' if widest else ''}"
+    return f"{kind}, {os.cpu_count()} cores"
 
 
 def versions(environment: Path) -> dict[str, str]:
