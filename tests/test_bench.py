@@ -70,7 +70,10 @@ def test_a_pair_needs_a_steady_machine():
     runs = [{"system": name, **result([1, 1], [1.0])} for name in ("ours", "c", "ours", "c")]
     for run, probed in zip(runs, (1.0, 1.04, 1.06, 1.0), strict=True):
         run["probe"] = probed
-    assert report.pairs_of({"rounds": [runs[:2], runs[2:]]}, "c") == [(runs[0], runs[1])]
+    workload = {"rounds": [runs[:2], runs[2:]], "timed": 1}
+    assert report.pairs_of(workload, "c") == [(runs[0], runs[1])]
+    counts = [report.ratio(workload, "c", kind)["count"] for kind in ("speed", "first_step_s", report.PEAK)]
+    assert counts == [1, 1, 2]  # bytes are the same on a slow machine
 
 
 @pytest.mark.parametrize("against", [["b"], ["b", "c"]])

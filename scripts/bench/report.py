@@ -10,6 +10,7 @@ from ratios import OURS
 
 COLOURS = {OURS: "#0072b2", "a": "#cc79a7", "b": "#d55e00", "c": "#009e73"}
 """Okabe and Ito's, which people with any colour vision tell apart."""
+PEAK = "peak_rss_bytes"
 PALE, GRID = "#767676", "#e6e6e6"
 
 
@@ -30,21 +31,13 @@ def _line(name: str, workload: dict[str, Any], peers: list[str]) -> list[str]:
     limit = workload["limit"]["tokens_per_second"]
     cells = [f"{name}: {workload['title']}", f"{facts['padding']:.2f}", f"{facts['labelled']:.2f}"]
     cells += ["", ""] if ours is None else [f"{ours:.0f}", f"{ours / limit:.0%}"]
-    known = {
-        peer: ratios.compared(pairs, workload["timed"])
-        for peer in peers
-        if (pairs := pairs_of(workload, peer))
-    }
-    cells += [_ratio(known.get(peer), "speed") for peer in peers]
-    return cells + [
-        _ratio(known.get(peer), key) for key in ("peak_rss_bytes", "first_step_s") for peer in "bc"
-    ]
+    cells += [_cell(ratio(workload, peer, "speed")) for peer in peers]
+    return cells + [_cell(ratio(workload, peer, kind)) for kind in (PEAK, "first_step_s") for peer in "bc"]
 
 
-def _ratio(compared: dict[str, Any] | None, kind: str) -> str:
-    if compared is None:
+def _cell(value: dict[str, float] | None) -> str:
+    if value is None:
         return ""
-    value = compared[kind]
     return f"**{value['median']:.2f}** ({value['min']:.2f} to {value['max']:.2f}, n={value['count']})"
 
 
@@ -68,23 +61,26 @@ def _notes(found: dict[str, Any]) -> list[str]:
 def _about(workload: dict[str, Any]) -> list[str]:
     """What is needed to believe the ratios of a workload."""
     noise, rate = noise_of(workload), workload["limit"]["flops_per_second"] / 1e9
-    known = {peer: pairs_of(workload, peer) for peer in "abc"}
-    cpu = {
-        peer: ratios.compared(pairs, workload["timed"])["cpu_speed"] for peer, pairs in known.items() if pairs
-    }
+    cpu = {peer: value for peer in "abc" if (value := ratio(workload, peer, "cpu_speed"))}
     itself = f"against itself {noise['min']:.3f} to {noise['max']:.3f}" if noise else "not run against itself"
     shown = ", ".join(f"{peer} {value['median']:.2f}" for peer, value in cpu.items())
-    left_out = sum(len(rounds_of(workload, peer)) - len(pairs) for peer, pairs in known.items())
+    left_out = sum(len(rounds_of(workload, peer)) - len(pairs_of(workload, peer)) for peer in "abc")
     return [
         itself,
         f"limit at {rate:.0f} GFLOP/s",
         f"speed in CPU time vs {shown or '-'}",
-        f"{left_out} pairs left out because the machine was not steady",
+        f"{left_out} pairs left out of times because the machine was not steady",
     ]
 
 
 Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
 """(ours, theirs) of some rounds."""
+
+
+def ratio(workload: dict[str, Any], peer: str, kind: str) -> dict[str, float] | None:
+    """Ours over theirs, summed up. How much memory a run takes does not hang on how fast the machine was."""
+    pairs = (rounds_of if kind == PEAK else pairs_of)(workload, peer)
+    return ratios.compared(pairs, workload["timed"])[kind] if pairs else None
 
 
 def pairs_of(workload: dict[str, Any], peer: str) -> Pairs:
